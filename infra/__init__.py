@@ -1,0 +1,1 @@
+"""One file per connection to the outside. Importing a module opens no connection."""

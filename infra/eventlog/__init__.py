@@ -1,0 +1,99 @@
+"""The event log's contract. What is appended is accepted; what is completed is answered.
+
+Positions are opaque above this package: no offset, transaction or SQL shows through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+
+class NewRecord(NamedTuple):
+    """A record to be appended. headers: text only, as in the CloudEvents Kafka binding."""
+
+    topic: str
+    key: str
+    headers: dict[str, str]
+    value: bytes
+
+
+class Position(NamedTuple):
+    """Where a record lies. Opaque to callers: only compared and handed back."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+class Record(NamedTuple):
+    """A record as read. time: seconds since the epoch, by the log's clock when it was appended."""
+
+    position: Position
+    key: str
+    headers: dict[str, str]
+    value: bytes
+    time: float
+
+
+class Lag(NamedTuple):
+    """How far a group is behind on one topic. oldest_age_s: age of the oldest open record, 0 if none."""
+
+    open: int
+    oldest_age_s: float
+
+
+class Consumer(Protocol):
+    """One member of a consumer group. Owned by one thread."""
+
+    def receive(self, max_records: int, max_bytes: int, timeout_s: float = 0) -> list[Record]:
+        """Records not yet given to this member, oldest first per topic, paused topics left out.
+
+        Never more than max_records or (but for a first, larger record) max_bytes of values.
+        A topic whose window of open records is full gives nothing until some complete.
+        """
+
+    def complete(self, positions: Iterable[Position], outputs: Sequence[NewRecord] = ()) -> None:
+        """Answer these records and append the outputs: all of it or nothing.
+
+        Raises Fenced if another member has taken over; then nothing was written.
+        Positions already complete are ignored.
+        """
+
+    def pause(self, topic: str) -> None: ...
+
+    def resume(self, topic: str) -> None: ...
+
+    def lost(self) -> list[Position]:
+        """Received positions that changed owner since the last call: forget them."""
+
+    def lag(self) -> dict[str, Lag]:
+        """Per subscribed topic, what this group has not completed."""
+
+    def rewind(self, since: float) -> None:
+        """Give again everything appended at or after this time, completed or not (replay)."""
+
+    def close(self) -> None: ...
+
+
+class EventLog(Protocol):
+    def append(self, records: Sequence[NewRecord]) -> None:
+        """Append all or nothing; durable on return. Raises Transient (unavailable, log_full, log_busy)."""
+
+    def consumer(self, group: str, topics: Sequence[str], *, window: int = 4096) -> Consumer:
+        """Join a group. window: most open records per topic."""
+
+    def read(self, topics: Sequence[str], since: float) -> Iterator[Record]:
+        """Every record of these topics appended at or after a time, up to now, by no group. Oldest first per topic."""
+
+    def lag(self, group: str, topics: Sequence[str]) -> dict[str, Lag]:
+        """Lag of a group as seen from outside it."""
+
+    def trim(self, retention_s: dict[str, float]) -> int:
+        """Delete records older than their topic's retention that no known group still has open. Returns how many."""
+
+    def close(self) -> None: ...
+
+
+class Fenced(Exception):  # noqa: N818 - a state of ownership, not a failure of the log
+    """Another member took over the group: this one must stop and start anew."""

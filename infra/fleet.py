@@ -1,0 +1,295 @@
+"""Dispatchers and workers meet here, in Redis: slots, batches under lease, inboxes, heartbeats.
+
+Nothing in here is the only copy of anything. Losing it all costs one lease period.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from infra.redis_client import Redis, as_any, redis_errors
+from schemas.batches import Batch, Completion, decode_batch, decode_completion, encode
+
+Seat = Literal["any", "live"]
+"""Which lanes a slot serves: any, or only those somebody waits on."""
+
+HEARTBEAT_TTL_S = 5
+INBOX_TTL_S = 3600
+INBOX_READ = 256
+
+_DOORBELL = "headrace:doorbell"
+
+
+class SlotToken(NamedTuple):
+    """One worker's offer to take one batch. number: unique within the worker's life."""
+
+    worker: str
+    life: str
+    number: int
+    seat: Seat
+
+    def packed(self) -> bytes:
+        return f"{self.worker}/{self.life}/{self.number}/{self.seat}".encode()
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> SlotToken:
+        worker, life, number, seat = raw.decode().split("/")
+        return cls(worker, life, int(number), "live" if seat == "live" else "any")
+
+
+class WorkerBeat(Struct, frozen=True, kw_only=True):
+    """A worker's sign of life. life: random per process. engines: `name/version` of what is loaded."""
+
+    worker: str
+    life: str
+    pid: int
+    started_at: float
+    ready: bool
+    draining: bool
+    slots: int
+    batches: list[str]
+    engines: list[str]
+    memory_bytes: int
+    jobs_done: int
+
+
+class LaneSnapshot(Struct, frozen=True):
+    """waiting: admitted, not yet with a worker. oldest_s: age of the oldest of them."""
+
+    waiting: int
+    oldest_s: float
+
+
+class DispatcherBeat(Struct, frozen=True, kw_only=True):
+    """What a dispatcher holds right now; for status and explain only."""
+
+    slot: int
+    pid: int
+    started_at: float
+    at: float
+    waiting: dict[str, LaneSnapshot]
+    models: dict[str, int]
+    delayed: int
+    running: int
+    running_jobs: int
+    ended: dict[str, int]
+    redispatched: int
+    trouble: str | None
+
+
+class Phase(NamedTuple):
+    """leased: the batch's lease is alive. begun: it was being decoded or computed."""
+
+    leased: bool
+    begun: bool
+
+
+class Signals(NamedTuple):
+    """What ended a wait; both empty after a ring or at the time limit."""
+
+    completions: list[Completion]
+    token: SlotToken | None
+
+
+def slots_key(seat: Seat) -> str:
+    return f"headrace:slots:{seat}"
+
+
+class Fleet:
+    """Every method raises Transient (redis_unavailable) when Redis does not answer."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    # ── producers ────────────────────────────────────────────────────────────────────────────────
+
+    def ring(self) -> None:
+        """Wake the dispatcher: the log has something new."""
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.rpush(_DOORBELL, b"1")
+            pipe.ltrim(_DOORBELL, -1, -1)
+            pipe.execute()
+
+    # ── dispatcher ───────────────────────────────────────────────────────────────────────────────
+
+    def wait(self, slot: int, seats: Sequence[Seat], timeout_s: float) -> Signals:
+        """Sleep until there is a completion, a ring, or a slot of these seats, which is then taken."""
+        keys = [_inbox(slot), _DOORBELL, *(slots_key(seat) for seat in seats)]
+        with redis_errors():
+            popped = as_any(self._redis.blmpop(timeout_s, len(keys), *keys, direction="LEFT", count=1))
+            if popped is None:
+                return Signals([], None)
+            key, (value,) = popped
+            if key == _inbox(slot).encode():
+                return Signals([decode_completion(value), *self.completions(slot)], None)
+            if key == _DOORBELL.encode():
+                return Signals(self.completions(slot), None)
+            token = SlotToken.unpack(value)
+            alive = self._redis.exists(_worker(token.worker))
+            return Signals([], token if alive else None)
+
+    def completions(self, slot: int) -> list[Completion]:
+        """Take what workers reported; at most INBOX_READ at a time."""
+        with redis_errors():
+            raw = as_any(self._redis.lpop(_inbox(slot), INBOX_READ)) or []
+        return [decode_completion(value) for value in raw]
+
+    def take_slot(self, seats: Sequence[Seat]) -> SlotToken | None:
+        """A slot of a living worker, the first seat preferred; None when there is none. Bounded by the slots there are."""
+        with redis_errors():
+            for seat in seats:
+                while (raw := as_any(self._redis.lpop(slots_key(seat)))) is not None:
+                    token = SlotToken.unpack(raw)
+                    if self._redis.exists(_worker(token.worker)):
+                        return token
+        return None
+
+    def return_slot(self, token: SlotToken) -> None:
+        with redis_errors():
+            self._redis.rpush(slots_key(token.seat), token.packed())
+
+    def lease(self, batch: Batch) -> None:
+        """Put a batch where its worker will fetch it, under a lease that starts now."""
+        lease_ms = int(batch.lease_s * 1000)
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.set(_batch(batch.id), encode(batch), px=2 * lease_ms)
+            pipe.set(_lease(batch.id), b"1", px=lease_ms)
+            pipe.execute()
+
+    def revoke(self, batch_ids: Iterable[str]) -> None:
+        """End leases at once: their workers will drop the batches."""
+        if keys := [key for id_ in batch_ids for key in (_lease(id_), _batch(id_))]:
+            with redis_errors():
+                self._redis.delete(*keys)
+
+    def phases(self, batch_ids: Sequence[str]) -> list[Phase]:
+        """How these batches stand, in order."""
+        if not batch_ids:
+            return []
+        with redis_errors():
+            keys = [key for id_ in batch_ids for key in (_lease(id_), _phase(id_))]
+            found = as_any(self._redis.mget(keys))
+        return [
+            Phase(found[i] is not None, found[i + 1] is not None) for i in range(0, len(found), 2)
+        ]
+
+    def show_dispatcher(self, beat: DispatcherBeat, ttl_s: int = HEARTBEAT_TTL_S) -> None:
+        with redis_errors():
+            self._redis.set(_dispatcher(beat.slot), msgspec.json.encode(beat), ex=ttl_s)
+
+    # ── worker ───────────────────────────────────────────────────────────────────────────────────
+
+    def clear_slots(self, worker: str) -> None:
+        """Withdraw every slot of a worker, those of its earlier lives included."""
+        with redis_errors():
+            for seat in ("any", "live"):
+                for raw in as_any(self._redis.lrange(slots_key(seat), 0, -1)):
+                    if SlotToken.unpack(raw).worker == worker:
+                        self._redis.lrem(slots_key(seat), 0, raw)
+
+    def offered(self, tokens: Sequence[SlotToken]) -> list[bool]:
+        """Which of these slots are still there for the taking."""
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            for token in tokens:
+                pipe.lpos(slots_key(token.seat), token.packed())  # type: ignore[arg-type]
+            return [position is not None for position in as_any(pipe.execute())]
+
+    def fetch(self, batch_id: str) -> Batch | None:
+        """The batch, if its lease is alive."""
+        with redis_errors():
+            leased, raw = as_any(self._redis.mget(_lease(batch_id), _batch(batch_id)))
+        return decode_batch(raw) if leased is not None and raw is not None else None
+
+    def begin(self, batch: Batch) -> bool:
+        """Say that decoding starts: from here on this batch is suspect if its worker dies. False: the lease is lost."""
+        ttl_ms = int((batch.max_run_s + 4 * batch.lease_s) * 1000)
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.set(_phase(batch.id), b"1", px=ttl_ms)
+            pipe.exists(_lease(batch.id))
+            return bool(as_any(pipe.execute())[1])
+
+    def holds(self, batch_id: str) -> bool:
+        with redis_errors():
+            return bool(self._redis.exists(_lease(batch_id)))
+
+    def complete(self, batch: Batch, completion: Completion) -> None:
+        """Report a batch, and clear up after it."""
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.rpush(_inbox(batch.reply_to), encode(completion))
+            pipe.expire(_inbox(batch.reply_to), INBOX_TTL_S)
+            pipe.delete(_lease(batch.id), _phase(batch.id), _batch(batch.id))
+            pipe.execute()
+
+    def release(self, batch_ids: Iterable[str]) -> None:
+        """Give batches back unrun (drain): nobody is charged."""
+        if keys := [k for id_ in batch_ids for k in (_lease(id_), _phase(id_), _batch(id_))]:
+            with redis_errors():
+                self._redis.delete(*keys)
+
+    def offer(self, token: SlotToken) -> None:
+        with redis_errors():
+            self._redis.rpush(slots_key(token.seat), token.packed())
+
+    def beat(self, beat: WorkerBeat, renew: Iterable[str], lease_ms: int) -> None:
+        """A sign of life; renews the leases that still stand."""
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.set(_worker(beat.worker), msgspec.json.encode(beat), ex=HEARTBEAT_TTL_S)
+            for batch_id in renew:
+                pipe.pexpire(_lease(batch_id), lease_ms)
+            pipe.execute()
+
+    def sign_off(self, worker: str) -> None:
+        with redis_errors():
+            self._redis.delete(_worker(worker))
+
+    # ── onlookers ────────────────────────────────────────────────────────────────────────────────
+
+    def workers(self) -> list[WorkerBeat]:
+        with redis_errors():
+            keys = sorted(as_any(self._redis.scan_iter(_worker("*"), count=1000)))
+            raw = as_any(self._redis.mget(keys)) if keys else []
+        return [msgspec.json.decode(value, type=WorkerBeat) for value in raw if value]
+
+    def dispatcher(self, slot: int = 0) -> DispatcherBeat | None:
+        with redis_errors():
+            raw = as_any(self._redis.get(_dispatcher(slot)))
+        return msgspec.json.decode(raw, type=DispatcherBeat) if raw else None
+
+
+def new_batch_id() -> str:
+    return secrets.token_hex(12)
+
+
+def _inbox(slot: int) -> str:
+    return f"headrace:inbox:{slot}"
+
+
+def _batch(batch_id: str) -> str:
+    return f"headrace:batch:{batch_id}"
+
+
+def _lease(batch_id: str) -> str:
+    return f"headrace:lease:{batch_id}"
+
+
+def _phase(batch_id: str) -> str:
+    return f"headrace:phase:{batch_id}"
+
+
+def _worker(name: str) -> str:
+    return f"headrace:worker:{name}"
+
+
+def _dispatcher(slot: int) -> str:
+    return f"headrace:dispatcher:{slot}"

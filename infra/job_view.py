@@ -1,0 +1,120 @@
+"""The job view: what makes status and wait fast. Built from the results topic, and rebuilt from it.
+
+A key per job holds its outcome as the results topic has it; clients are told of what ended on a channel each.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from infra.redis_client import Redis, as_any, redis_errors
+from schemas.results import Outcome, decode_outcome
+
+_MARK = "headrace:view:mark"
+
+
+class Ended(NamedTuple):
+    """One ended job for the view. value: its outcome as encoded for the results topic."""
+
+    job_id: str
+    value: bytes
+    reply_to: str | None
+
+
+class JobView:
+    """Every method raises Transient (redis_unavailable) when Redis does not answer."""
+
+    def __init__(self, redis: Redis, ttl_s: int) -> None:
+        self._redis = redis
+        self._ttl_s = ttl_s
+
+    def running(self, values: dict[str, bytes]) -> None:
+        """Show jobs that went to a worker; keyed by job id."""
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            for job_id, value in values.items():
+                pipe.set(_key(job_id), value, ex=self._ttl_s)
+            pipe.execute()
+
+    def ended(self, jobs: Sequence[Ended], complete_to: float | None) -> bool:
+        """Show outcomes, tell the clients that wait.
+
+        complete_to: time up to which the view now holds every outcome; None leaves that open.
+        Returns False if the view has lost its memory since that was last said: rebuild it.
+        """
+        notices: dict[str, list[str]] = defaultdict(list)
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            for job in jobs:
+                pipe.set(_key(job.job_id), job.value, ex=self._ttl_s)
+                if job.reply_to:
+                    notices[job.reply_to].append(job.job_id)
+            for client, job_ids in notices.items():
+                pipe.publish(_channel(client), "\n".join(job_ids))
+            if complete_to is not None:
+                pipe.set(_MARK, repr(complete_to), get=True)
+            answers = as_any(pipe.execute())
+        return complete_to is None or answers[-1] is not None
+
+    def restore(self, values: Sequence[tuple[str, bytes]]) -> None:
+        """Write outcomes again as they stand in the results topic, over whatever is there."""
+        if values:
+            with redis_errors():
+                pipe = self._redis.pipeline(transaction=False)
+                for job_id, value in values:
+                    pipe.set(_key(job_id), value, ex=self._ttl_s)
+                pipe.execute()
+
+    def complete_to(self) -> float | None:
+        """Time up to which the view holds every outcome; None if it lost its memory."""
+        with redis_errors():
+            raw = as_any(self._redis.get(_MARK))
+        return float(raw) if raw else None
+
+    def get(self, job_ids: Sequence[str]) -> list[Outcome | None]:
+        """The jobs as the view knows them; None where it knows nothing."""
+        if not job_ids:
+            return []
+        with redis_errors():
+            found = as_any(self._redis.mget([_key(job_id) for job_id in job_ids]))
+        return [decode_outcome(value) if value else None for value in found]
+
+    def notices(self, client: str) -> Notices:
+        return Notices(self._redis, client)
+
+
+class Notices:
+    """A client's channel. A notice may be missed (Redis gone, slow reader): look at the view now and then too."""
+
+    def __init__(self, redis: Redis, client: str) -> None:
+        self._pubsub = as_any(redis).pubsub(ignore_subscribe_messages=True)
+        with redis_errors():
+            self._pubsub.subscribe(_channel(client))
+
+    def wait(self, timeout_s: float) -> list[str]:
+        """Ids of jobs that ended, at most timeout_s later; empty if none was told."""
+        with redis_errors():
+            message = self._pubsub.get_message(timeout=timeout_s)
+            ids: list[str] = []
+            while message:
+                ids += _ids(message["data"])
+                message = self._pubsub.get_message(timeout=0)
+            return ids
+
+    def close(self) -> None:
+        self._pubsub.close()
+
+
+def _ids(data: object) -> Iterator[str]:
+    if isinstance(data, bytes):
+        yield from data.decode().split("\n")
+
+
+def _key(job_id: str) -> str:
+    return f"headrace:job:{job_id}"
+
+
+def _channel(client: str) -> str:
+    return f"headrace:done:{client}"

@@ -1,0 +1,150 @@
+"""The steps a model is made of, by name: what `preprocess`, `run` and `postprocess` in a
+`model.yaml` can say. Custom steps come by the entry point group `headrace.steps`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
+
+import msgspec
+
+from pipelines.bundle import Bundle
+from schemas.errors import InvalidModel
+
+Kind = Literal["preprocess", "run", "postprocess"]
+Step = Callable[..., Any]
+Factory = Callable[..., Step]
+"""`factory(bundle, **params) -> step`, called once per loaded model."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENTRY_POINTS = "headrace.steps"
+
+_MODULES = ("forward", "answers", "image", "tensor", "text", "audio", "speech")
+"""Searched in this order and imported only as far as needed."""
+
+_factories: dict[tuple[Kind, str], Factory] = {}
+
+
+class Steps(NamedTuple):
+    """A model's steps, made. preprocess: payload bytes to a row, one after the other.
+    run: a batch through the engines. postprocess: a row to an answer, one after the other."""
+
+    preprocess: list[Step]
+    run: Step
+    postprocess: list[Step]
+
+
+def preprocess_step(name: str) -> Callable[[F], F]:
+    """Register a factory of steps `(value) -> value`. The first step of a model gets the payload's
+    bytes, the last returns a row: dict[engine input, ndarray without batch axis]."""
+    return _register("preprocess", name)
+
+
+def run_step(name: str) -> Callable[[F], F]:
+    """Register a factory of steps `(engines: dict[str, Engine], inputs: dict[str, ndarray]) ->
+    dict[str, ndarray]`; axis 0 is the batch on both sides."""
+    return _register("run", name)
+
+
+def postprocess_step(name: str) -> Callable[[F], F]:
+    """Register a factory of steps `(value) -> value`. The first gets a row of outputs, the last
+    returns the answer, a dict that can be JSON.
+
+    A step may have a method `prepare(model: LoadedModel)`, called once after load.
+    """
+    return _register("postprocess", name)
+
+
+def _register(kind: Kind, name: str) -> Callable[[F], F]:
+    def keep(factory: F) -> F:
+        _factories[kind, name] = factory
+        return factory
+
+    return keep
+
+
+def build_steps(bundle: Bundle) -> Steps:
+    """Raises InvalidModel with file and line for an unknown step or a wrong parameter."""
+    config = bundle.config
+    return Steps(
+        [
+            _build(bundle, "preprocess", step, f"$.preprocess[{i}]")
+            for i, step in enumerate(config.preprocess)
+        ],
+        _build(bundle, "run", config.run, "$.run"),
+        [
+            _build(bundle, "postprocess", step, f"$.postprocess[{i}]")
+            for i, step in enumerate(config.postprocess)
+        ],
+    )
+
+
+def _build(bundle: Bundle, kind: Kind, step: str | dict[str, dict[str, Any]], at: str) -> Step:
+    try:
+        name, params = _name_and_params(step)
+        factory = _find(kind, name)
+        return factory(bundle, **_checked(name, factory, params))
+    except InvalidModel as error:
+        raise InvalidModel(error.code, f"{bundle.where(at)}: {error.message}") from error
+
+
+def _name_and_params(step: str | dict[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    if isinstance(step, str):
+        return step, {}
+    if len(step) != 1:
+        raise InvalidModel(
+            "model_step_invalid",
+            f"a step is `name` or `name: {{parameter: value}}`, came {len(step)} names:"
+            f" {', '.join(step) or 'none'}; begin each step with a dash of its own",
+        )
+    return next(iter(step.items()))
+
+
+def _find(kind: Kind, name: str) -> Factory:
+    for module in _MODULES:
+        if (kind, name) in _factories:
+            break
+        importlib.import_module(f"{__name__}.{module}")
+    if factory := _factories.get((kind, name)):
+        return factory
+    for entry in entry_points(group=ENTRY_POINTS, name=name):
+        custom: Factory = entry.load()
+        return custom
+    known = sorted(n for k, n in _factories if k == kind)
+    custom_names = sorted(entry.name for entry in entry_points(group=ENTRY_POINTS))
+    raise InvalidModel(
+        "model_step_unknown",
+        f"no {kind} step is called `{name}`; there are {', '.join(known)};"
+        f" installed by entry point: {', '.join(custom_names) or 'none'}",
+    )
+
+
+def _checked(name: str, factory: Factory, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, converted to the types that the factory's signature declares."""
+    signature = list(inspect.signature(factory).parameters.values())[1:]
+    hints = _hints(factory)
+    fields: list[Any] = [
+        (p.name, hints.get(p.name, Any))
+        if p.default is p.empty
+        else (p.name, hints.get(p.name, Any), p.default)
+        for p in signature
+    ]
+    params_type = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
+    try:
+        return msgspec.structs.asdict(msgspec.convert(params, params_type))
+    except msgspec.ValidationError as error:
+        takes = ", ".join(str(p) for p in signature) or "no parameters"
+        raise InvalidModel("model_step_invalid", f"{name}: {error}; it takes {takes}") from error
+
+
+def _hints(factory: Factory) -> dict[str, Any]:
+    try:
+        return get_type_hints(
+            vars(factory)["__init__"] if inspect.isclass(factory) else factory, include_extras=True
+        )
+    except NameError:
+        # A custom step may import the types of its signature for the type checker alone.
+        return {}

@@ -1,0 +1,242 @@
+"""A job: one submission. On the wire it is a CloudEvent in the Kafka binding's binary mode:
+attributes are headers, the payload is the record's value, untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from schemas.errors import InvalidJob
+from schemas.payloads import Payload, Ref
+from schemas.topics import JOB_TOPICS
+
+JOB_TYPE = "io.headrace.job.v1"
+JOB_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+TENANT = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
+KEY_LIMIT_CHARS = 256
+PARAMS_LIMIT_BYTES = 16 * 1024
+PRIORITIES = range(10)
+DEFAULT_DEADLINE_S = 24 * 3600.0
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """One submission, frozen; a later attempt is a changed copy.
+
+    topic: where it was first appended, which fixes modality and lane. version: None until it is pinned.
+    priority: 0 to 9, higher first, within its lane. key: the caller's idempotency key.
+    reply_to: the client to notify. attempt: failed attempts so far. suspect: was being run when a
+    worker died. not_before, submitted_at, deadline_at: seconds since the epoch.
+    """
+
+    id: str
+    topic: str
+    tenant: str
+    model: str
+    payload: Payload
+    submitted_at: float
+    deadline_at: float
+    version: int | None = None
+    priority: int = 0
+    key: str | None = None
+    params: dict[str, Any] = {}
+    reply_to: str | None = None
+    traceparent: str | None = None
+    attempt: int = 0
+    suspect: bool = False
+    not_before: float = 0.0
+
+    @property
+    def trace_id(self) -> str | None:
+        return self.traceparent.split("-")[1] if self.traceparent else None
+
+    @property
+    def fingerprint(self) -> str:
+        """What one idempotency key may stand for: the same work, by content."""
+        work = msgspec.json.encode([self.model, self.params, self.payload.sha256], order="sorted")
+        return hashlib.sha256(work).hexdigest()[:32]
+
+
+def new_job_id(tenant: str, key: str | None = None) -> str:
+    """A UUIDv7, which sorts by time; with an idempotency key, a UUIDv8 made of tenant and key."""
+    if key is not None:
+        digest = bytearray(hashlib.sha256(f"{tenant}\0{key}".encode()).digest()[:16])
+        return _uuid(digest, version=8)
+    return _uuid(bytearray((time.time_ns() // 1_000_000).to_bytes(6) + os.urandom(10)), 7)
+
+
+def _uuid(raw: bytearray, version: int) -> str:
+    raw[6] = (raw[6] & 0x0F) | version << 4
+    raw[8] = (raw[8] & 0x3F) | 0x80
+    return str(uuid.UUID(bytes=bytes(raw)))
+
+
+def submitted_near(job_id: str) -> float | None:
+    """When a UUIDv7 was made, seconds since the epoch; None for any other id."""
+    try:
+        parsed = uuid.UUID(job_id)
+    except ValueError:
+        return None
+    return (parsed.int >> 80) / 1000 if parsed.version == 7 else None
+
+
+def new_traceparent() -> str:
+    return f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"
+
+
+def job_headers(job: Job) -> dict[str, str]:
+    """The record's headers; the record's value is `job_value(job)`."""
+    headers = {
+        "ce_specversion": "1.0",
+        "ce_type": JOB_TYPE,
+        "ce_source": f"/tenants/{job.tenant}",
+        "ce_id": job.id,
+        "ce_time": rfc3339(job.submitted_at),
+        "content-type": job.payload.content_type,
+        "ce_tenant": job.tenant,
+        "ce_model": job.model,
+        "ce_deadline": rfc3339(job.deadline_at),
+    }
+    if job.version is not None:
+        headers["ce_modelversion"] = str(job.version)
+    if job.priority:
+        headers["ce_priority"] = str(job.priority)
+    if job.key is not None:
+        headers["ce_idempotencykey"] = job.key
+    if job.params:
+        headers["ce_params"] = msgspec.json.encode(job.params).decode()
+    if job.reply_to:
+        headers["ce_replyto"] = job.reply_to
+    if job.traceparent:
+        headers["ce_traceparent"] = job.traceparent
+    if ref := job.payload.ref:
+        headers |= {
+            "ce_dataref": ref.key,
+            "ce_datasize": str(ref.size_bytes),
+            "ce_datasha256": ref.sha256,
+        }
+    return headers
+
+
+def retry_headers(job: Job) -> dict[str, str]:
+    """Headers of a job that waits in the retry topic: where it came from and what happened to it."""
+    return job_headers(job) | {
+        "ce_jobtopic": job.topic,
+        "ce_attempt": str(job.attempt),
+        "ce_suspect": str(int(job.suspect)),
+        "ce_notbefore": rfc3339(job.not_before),
+    }
+
+
+def job_value(job: Job) -> bytes:
+    return job.payload.data or b""
+
+
+def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: float) -> Job:
+    """The job of a record. Unknown headers are ignored; times that are missing count from appended_at.
+
+    Raises InvalidJob (record_malformed) naming the header, what was expected and what came.
+    """
+    field = _Fields(headers)
+    if (kind := field.text("ce_type")) != JOB_TYPE:
+        raise _malformed("ce_type", JOB_TYPE, kind)
+    tenant = field.text("ce_tenant", TENANT)
+    key = headers.get("ce_idempotencykey")
+    submitted_at = field.when("ce_time", appended_at)
+    return Job(
+        id=field.text("ce_id", JOB_ID) if key is None else new_job_id(tenant, key),
+        topic=_job_topic(headers.get("ce_jobtopic", topic)),
+        tenant=tenant,
+        model=field.text("ce_model"),
+        version=field.number("ce_modelversion", None),
+        payload=_payload(field, value),
+        submitted_at=submitted_at,
+        deadline_at=field.when("ce_deadline", submitted_at + DEFAULT_DEADLINE_S),
+        priority=min(max(field.number("ce_priority", 0) or 0, 0), PRIORITIES.stop - 1),
+        key=key,
+        params=_params(headers.get("ce_params")),
+        reply_to=headers.get("ce_replyto"),
+        traceparent=headers.get("ce_traceparent"),
+        attempt=field.number("ce_attempt", 0) or 0,
+        suspect=headers.get("ce_suspect") == "1",
+        not_before=field.when("ce_notbefore", 0.0),
+    )
+
+
+def rfc3339(when: float) -> str:
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="microseconds")
+
+
+class _Fields:
+    """Typed reading of headers."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self.headers = headers
+
+    def text(self, name: str, pattern: re.Pattern[str] | None = None) -> str:
+        value = self.headers.get(name)
+        if not value or (pattern and not pattern.fullmatch(value)):
+            expected = f"text matching {pattern.pattern}" if pattern else "a text"
+            raise _malformed(name, expected, value)
+        return value
+
+    def number(self, name: str, default: int | None) -> int | None:
+        value = self.headers.get(name)
+        if value is None:
+            return default
+        if not value.isascii() or not value.isdigit() or len(value) > 15:
+            raise _malformed(name, "a whole number", value)
+        return int(value)
+
+    def when(self, name: str, default: float) -> float:
+        value = self.headers.get(name)
+        if value is None:
+            return default
+        try:
+            moment = datetime.fromisoformat(value)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            raise _malformed(name, "an RFC 3339 time", value) from None
+
+
+def _payload(field: _Fields, value: bytes) -> Payload:
+    content_type = field.headers.get("content-type") or "application/octet-stream"
+    if "ce_dataref" not in field.headers:
+        return Payload(content_type, data=value)
+    ref = Ref(
+        field.text("ce_dataref"),
+        field.number("ce_datasize", None) or 0,
+        field.text("ce_datasha256", re.compile(r"[0-9a-f]{64}")),
+    )
+    return Payload(content_type, ref=ref)
+
+
+def _job_topic(topic: str) -> str:
+    if topic not in JOB_TOPICS:
+        raise _malformed("ce_jobtopic", "a jobs topic", topic)
+    return topic
+
+
+def _params(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    if len(text) > PARAMS_LIMIT_BYTES:
+        raise _malformed("ce_params", f"at most {PARAMS_LIMIT_BYTES} bytes", f"{len(text)} bytes")
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        raise _malformed("ce_params", "a JSON object", text) from None
+
+
+def _malformed(name: str, expected: str, came: str | None) -> InvalidJob:
+    shown = "nothing" if came is None else repr(came[:80])
+    return InvalidJob("record_malformed", f"Header {name}: expected {expected}, came {shown}.")

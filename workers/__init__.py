@@ -1,0 +1,1 @@
+"""The long-running processes. Each is put together in its own `main()`."""

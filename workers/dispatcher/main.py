@@ -1,0 +1,195 @@
+"""The dispatcher process: put together here, run until SIGTERM, drained, closed in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+from infra.catalogue import Catalogue
+from infra.embedded import announce_ready
+from infra.eventlog import EventLog, Fenced
+from infra.eventlog.open import open_log
+from infra.fleet import DispatcherBeat, Fleet, LaneSnapshot
+from infra.job_view import JobView
+from infra.logs import configure_logs, get_logger
+from infra.objects import open_objects
+from infra.redis_client import connect_redis
+from infra.settings import Settings, load_settings
+from infra.tasks import Mailboxes, make_app
+from schemas.errors import Transient
+from schemas.topics import CONTROL, KEYS, TOPIC_BY_NAME
+from workers.dispatcher.admit import Admitter
+from workers.dispatcher.batching import Batcher
+from workers.dispatcher.fairness import LaneClock
+from workers.dispatcher.intake import TOPICS, Intake
+from workers.dispatcher.leases import Leases
+from workers.dispatcher.loop import Dispatcher
+from workers.dispatcher.memory import JobMemory
+from workers.dispatcher.outcomes import Outcomes, RetryPolicy
+from workers.dispatcher.settle import Settlement
+from workers.dispatcher.view_writer import ViewWriter
+
+GROUP = "dispatcher"
+BEAT_EVERY_S = 1.0
+TRIM_EVERY_S = 60.0
+TROUBLE_PAUSE_S = 0.2
+DRAIN_S = 10.0
+EXIT_FENCED = 75
+
+logger = get_logger("dispatcher")
+
+
+def main() -> int:
+    settings = load_settings()
+    configure_logs("dispatcher", settings.log_level)
+    stop = threading.Event()
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    log = open_log(settings.log_address)
+    try:
+        process = Process(settings, log)
+        announce_ready(settings, "dispatcher")
+        return process.run(stop)
+    finally:
+        log.close()
+
+
+class Process:
+    """The dispatcher with what surrounds its loop: trouble, sign of life, retention, drain."""
+
+    def __init__(self, settings: Settings, log: EventLog) -> None:
+        options = settings.dispatcher
+        redis = connect_redis(settings)
+        self.settings = settings
+        self.log = log
+        self.fleet = Fleet(redis)
+        self.memory = JobMemory(options.dedupe_window_s, options.dedupe_jobs)
+        recall(self.memory, log, options.dedupe_window_s)
+        self.consumer = log.consumer(GROUP, TOPICS, window=options.window)
+        self.batcher = Batcher(LaneClock(), options.batch_bytes)
+        self.leases = Leases(options.lease_s)
+        view = JobView(redis, settings.view_ttl_s)
+        view_writer = ViewWriter(view, log, settings.view_ttl_s)
+        self.outcomes = Outcomes(
+            self.consumer,
+            self.memory,
+            view_writer,
+            RetryPolicy(options.retry_base_s, options.retry_cap_s),
+        )
+        self.settlement = Settlement(self.leases, self.memory, self.batcher, self.outcomes)
+        catalogue = Catalogue(open_objects(settings.objects_address))
+        admitter = Admitter(catalogue.resolve, self.memory, options.max_deadline_s)
+        self.intake = Intake(
+            self.consumer,
+            admitter,
+            self.memory,
+            self.batcher,
+            self.outcomes,
+            options.window_bytes,
+        )
+        self.dispatcher = Dispatcher(
+            slot=options.slot,
+            lease_s=options.lease_s,
+            fleet=self.fleet,
+            mailboxes=Mailboxes(make_app(settings)),
+            view=view,
+            view_writer=view_writer,
+            intake=self.intake,
+            batcher=self.batcher,
+            leases=self.leases,
+            settlement=self.settlement,
+            outcomes=self.outcomes,
+        )
+        self.started_at = time.time()
+        self.trouble: str | None = None
+        self._beat_at = 0.0
+        self._trim_at = time.monotonic() + TRIM_EVERY_S
+
+    def run(self, stop: threading.Event) -> int:
+        try:
+            while not stop.is_set():
+                self.guarded_step(draining=False)
+                self.housekeep()
+            drain_until = time.monotonic() + DRAIN_S
+            while len(self.leases) and time.monotonic() < drain_until:
+                self.guarded_step(draining=True)
+        except Fenced:
+            logger.error("fenced", action="another dispatcher took over; this one ends")
+            return EXIT_FENCED
+        finally:
+            self.consumer.close()
+        logger.info("stopped", left_running=len(self.leases))
+        return 0
+
+    def guarded_step(self, *, draining: bool) -> None:
+        """One step; where the log or Redis fails, a pause, and a line in the log when that begins and ends."""
+        try:
+            self.dispatcher.step(draining=draining)
+        except Transient as error:
+            if self.trouble != error.code:
+                logger.warning("trouble", code=error.code, error=error.message)
+            self.trouble = error.code
+            time.sleep(TROUBLE_PAUSE_S)
+        else:
+            if self.trouble:
+                logger.info("trouble_over", code=self.trouble)
+            self.trouble = None
+
+    def housekeep(self) -> None:
+        now = time.monotonic()
+        if now >= self._beat_at:
+            self._beat_at = now + BEAT_EVERY_S
+            try:
+                self.fleet.show_dispatcher(self.beat())
+            except Transient:
+                return
+        if now >= self._trim_at:
+            self._trim_at = now + TRIM_EVERY_S
+            try:
+                self.log.trim({name: topic.retention_s for name, topic in TOPIC_BY_NAME.items()})
+            except Transient as error:
+                logger.warning("trim_failed", error=error.message)
+
+    def beat(self) -> DispatcherBeat:
+        now = time.time()
+        by_lane = self.batcher.summary()
+        models: dict[str, int] = {}
+        for job in self.batcher:
+            name = f"{job.card.name}/{job.card.version}"
+            models[name] = models.get(name, 0) + 1
+        return DispatcherBeat(
+            slot=self.settings.dispatcher.slot,
+            pid=os.getpid(),
+            started_at=self.started_at,
+            at=now,
+            waiting={
+                lane: LaneSnapshot(len(jobs), now - min(job.job.submitted_at for job in jobs))
+                for lane, jobs in by_lane.items()
+            },
+            models=models,
+            delayed=self.intake.delayed,
+            running=len(self.leases),
+            running_jobs=sum(len(lease.jobs) for lease in self.leases),
+            ended=dict(self.outcomes.counts),
+            redispatched=self.settlement.redispatched,
+            trouble=self.trouble,
+        )
+
+
+def recall(memory: JobMemory, log: EventLog, keys_window_s: float) -> None:
+    """Read back from the log what an earlier life knew: answered keys and cancel requests."""
+    for record in log.read([KEYS], time.time() - keys_window_s):
+        memory.remember_key(record.key, record.headers.get("fingerprint", ""), record.time)
+    for record in log.read([CONTROL], time.time() - TOPIC_BY_NAME[CONTROL].retention_s):
+        memory.cancel(record.key)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,146 @@
+"""What became of jobs, gathered until one transaction writes it all: results, retries, dead letters, positions."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import msgspec
+
+from infra.eventlog import Consumer, NewRecord, Position, Record
+from infra.job_view import Ended
+from schemas.batches import ItemOutcome
+from schemas.errors import PipelineError
+from schemas.jobs import Job, job_headers, job_value, retry_headers
+from schemas.results import Outcome, Status, encode_outcome, outcome_of, result_headers
+from schemas.topics import KEYS, RESULTS, RETRY, dead_letter_topic
+from workers.dispatcher.memory import JobMemory
+from workers.dispatcher.view_writer import ViewWriter
+
+
+class RetryPolicy:
+    """Full jitter: somewhere between now and base * 2 ** failures, capped."""
+
+    def __init__(self, base_s: float, cap_s: float, rng: random.Random | None = None) -> None:
+        self._base_s = base_s
+        self._cap_s = cap_s
+        self._rng = rng or random.Random()  # noqa: S311 - spreads load, hides nothing
+
+    def delay_s(self, failures: int) -> float:
+        return self._rng.uniform(0, min(self._cap_s, self._base_s * 2 ** min(failures, 32)))
+
+
+class Outcomes:
+    """Nothing here is visible to anybody until `commit`; a failed commit keeps everything for the next."""
+
+    def __init__(
+        self, consumer: Consumer, memory: JobMemory, view: ViewWriter, policy: RetryPolicy
+    ) -> None:
+        self._consumer = consumer
+        self._memory = memory
+        self._view = view
+        self._policy = policy
+        self._positions: list[Position] = []
+        self._outputs: list[NewRecord] = []
+        self._ended: list[Ended] = []
+        self.counts: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def answer(self, job: Job, at: Position, item: ItemOutcome, worker: str, now: float) -> None:
+        """The job has its result."""
+        outcome = outcome_of(
+            job,
+            "succeeded",
+            answer=msgspec.Raw(item.answer or b"null"),
+            ref=item.ref,
+            attempts=job.attempt + 1,
+            finished_at=now,
+            times=item.times,
+            worker=worker,
+        )
+        self._end(job, at, outcome, now)
+
+    def end(self, job: Job, at: Position, status: Status, now: float) -> None:
+        """The job ended without a run that counts: expired or cancelled."""
+        self._end(job, at, outcome_of(job, status, attempts=job.attempt, finished_at=now), now)
+
+    def fail(self, job: Job, at: Position, error: PipelineError, now: float) -> None:
+        """The job failed for good: a dead letter, and its outcome."""
+        outcome = outcome_of(
+            job,
+            "failed",
+            code=error.code,
+            message=error.message,
+            attempts=job.attempt + 1,
+            finished_at=now,
+        )
+        self._outputs.append(_dead_letter(_record_of(job, at), job.topic, error, job.attempt + 1))
+        self._end(job, at, outcome, now)
+
+    def reject(self, record: Record, error: PipelineError) -> None:
+        """The record cannot stand for a job: to the dead letters as it came, without an outcome."""
+        topic = record.position.topic
+        self._outputs.append(_dead_letter(record, topic, error, attempt=1))
+        self.counts["rejected"] += 1
+        self.skip(record.position)
+
+    def retry(self, job: Job, at: Position, now: float, *, suspect: bool) -> None:
+        """The job runs again, later: the retry topic keeps it, with what happened so far."""
+        again = msgspec.structs.replace(
+            job,
+            attempt=job.attempt + 1,
+            suspect=suspect,
+            not_before=now + self._policy.delay_s(job.attempt),
+        )
+        self._outputs.append(NewRecord(RETRY, job.id, retry_headers(again), job_value(again)))
+        self.counts["retried"] += 1
+        self._memory.moved(job.id)
+        self.skip(at)
+
+    def skip(self, at: Position) -> None:
+        """The record needs no outcome of its own: a duplicate, a control message, a job moved to the retry topic."""
+        self._positions.append(at)
+
+    def commit(self, now: float) -> None:
+        """Write everything gathered as one transaction, then show it.
+
+        Raises Transient or Fenced from the log; then nothing was written.
+        """
+        if not self._positions:
+            return
+        self._consumer.complete(self._positions, self._outputs)
+        ended, self._ended = self._ended, []
+        self._positions, self._outputs = [], []
+        self._view.show(ended, now)
+
+    def _end(self, job: Job, at: Position, outcome: Outcome, now: float) -> None:
+        value = encode_outcome(outcome)
+        self._outputs.append(NewRecord(RESULTS, job.id, result_headers(outcome), value))
+        if outcome.fingerprint is not None:
+            self._outputs.append(
+                NewRecord(KEYS, job.id, {"fingerprint": outcome.fingerprint}, b"")
+            )
+        self._ended.append(Ended(job.id, value, job.reply_to))
+        self._memory.ended(job, now)
+        self.counts[outcome.status] += 1
+        self.skip(at)
+
+
+def _record_of(job: Job, at: Position) -> Record:
+    return Record(at, job.id, job_headers(job), job_value(job), job.submitted_at)
+
+
+def _dead_letter(record: Record, topic: str, error: PipelineError, attempt: int) -> NewRecord:
+    """The record as it was, for the dead letters of a topic, with headers that say where from and why."""
+    at = record.position
+    reason = {
+        "x-original-topic": at.topic,
+        "x-original-partition": str(at.partition),
+        "x-original-offset": str(at.offset),
+        "x-attempt": str(attempt),
+        "x-error": error.code,
+        "x-error-message": error.message,
+    }
+    return NewRecord(dead_letter_topic(topic), record.key, record.headers | reason, record.value)

@@ -1,0 +1,76 @@
+"""The way out: what workers report, or fail to report, becomes each job's outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from infra.logs import get_logger
+from schemas.batches import Completion, ItemOutcome
+from schemas.errors import InferenceFailed, PipelineError
+from workers.dispatcher.batching import Batcher
+from workers.dispatcher.leases import Lease, Leases
+from workers.dispatcher.memory import JobMemory, OpenJob
+from workers.dispatcher.outcomes import Outcomes
+
+MAX_DISPATCHES = 20
+"""A job that vanishes with its batch this often, without ever being run, counts as failed."""
+
+logger = get_logger("dispatcher")
+
+
+class Settlement:
+    def __init__(
+        self, leases: Leases, memory: JobMemory, batcher: Batcher, outcomes: Outcomes
+    ) -> None:
+        self._leases = leases
+        self._memory = memory
+        self._batcher = batcher
+        self._outcomes = outcomes
+        self.redispatched = 0
+
+    def settle(self, completions: Iterable[Completion], now: float) -> None:
+        """Judge the items of each batch that is on record; the report of any other is stale."""
+        for completion in completions:
+            lease = self._leases.take(completion.batch_id)
+            if lease is None:
+                logger.info("completion_ignored", batch=completion.batch_id)
+                continue
+            for job, item in zip(lease.jobs, completion.items, strict=True):
+                self._judge(job, item, completion.worker, now)
+
+    def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
+        """A batch's worker is gone. Jobs that were being run are suspect; all others just go again."""
+        self._leases.take(lease.batch_id)
+        self.redispatched += len(lease.jobs)
+        logger.warning(
+            "lease_lost", batch=lease.batch_id, worker=lease.worker, jobs=len(lease.jobs), begun=begun
+        )
+        for job in lease.jobs:
+            if not begun and job.dispatches < MAX_DISPATCHES:
+                self._batcher.add([job])
+                continue
+            error = InferenceFailed(
+                "worker_died",
+                f"The worker died or overran {job.card.limits.max_run_s:.0f} s with this job in hand, "
+                f"{job.job.attempt + 1} times.",
+            )
+            self._failed(job, error, now, passing=begun, suspect=True)
+
+    def _judge(self, job: OpenJob, item: ItemOutcome, worker: str, now: float) -> None:
+        if self._memory.is_cancelled(job.job.id):
+            self._outcomes.end(job.job, job.at, "cancelled", now)
+        elif now >= job.job.deadline_at:
+            self._outcomes.end(job.job, job.at, "expired", now)
+        elif item.code is None:
+            self._outcomes.answer(job.job, job.at, item, worker, now)
+        else:
+            error = PipelineError(item.code, item.message or item.code)
+            self._failed(job, error, now, passing=item.retry, suspect=False)
+
+    def _failed(
+        self, job: OpenJob, error: PipelineError, now: float, *, passing: bool, suspect: bool
+    ) -> None:
+        if passing and job.job.attempt + 1 < job.card.limits.max_attempts:
+            self._outcomes.retry(job.job, job.at, now, suspect=suspect)
+        else:
+            self._outcomes.fail(job.job, job.at, error, now)
