@@ -18,7 +18,7 @@ import msgspec
 
 from infra.logs import get_logger
 from infra.objects import ObjectInfo, ObjectStore
-from schemas.errors import InferenceFailed, InvalidJob, PipelineError, Transient
+from schemas.errors import InferenceFailed, InvalidJob, InvalidModel, PipelineError, Transient
 from schemas.models import ModelCard
 
 MODELS = "models"
@@ -50,8 +50,15 @@ def files_folder(name: str, version: int, digest: str) -> str:
 
 
 def read_card(objects: ObjectStore, key: str) -> ModelCard:
-    """Raises InvalidJob (object_missing) and msgspec.DecodeError."""
-    return _decode(objects.get(key, max_bytes=CARD_LIMIT_BYTES))
+    """Raises InvalidJob (object_missing), InvalidModel (card_unreadable) and Transient."""
+    try:
+        return _decode(objects.get(key, max_bytes=CARD_LIMIT_BYTES))
+    except msgspec.MsgspecError as error:
+        raise InvalidModel(
+            "card_unreadable",
+            f"Object {key}: expected a model's card, found otherwise: {error};"
+            " delete it from the object store and add the model again.",
+        ) from error
 
 
 class Catalogue:
@@ -135,8 +142,8 @@ class Catalogue:
         """None if it is damaged: one bad card must not hide the other models."""
         try:
             return read_card(self._objects, key)
-        except msgspec.MsgspecError as error:
-            log.warning("card unreadable", key=key, error=str(error))
+        except InvalidModel as error:
+            log.warning("card_unreadable", key=key, error=error.message)
             return None
 
     def _unknown(self, name: str, version: int | None) -> PipelineError:

@@ -33,12 +33,12 @@ class SlotToken(NamedTuple):
     number: int
     seat: Seat
 
-    def packed(self) -> bytes:
-        return f"{self.worker}/{self.life}/{self.number}/{self.seat}".encode()
+    def packed(self) -> str:
+        return f"{self.worker}/{self.life}/{self.number}/{self.seat}"
 
     @classmethod
-    def unpack(cls, raw: bytes) -> SlotToken:
-        worker, life, number, seat = raw.decode().split("/")
+    def unpack(cls, raw: str) -> SlotToken:
+        worker, life, number, seat = raw.split("/")
         return cls(worker, life, int(number), "live" if seat == "live" else "any")
 
 
@@ -122,7 +122,9 @@ class Fleet:
         """Sleep until there is a completion, a ring, or a slot of these seats, which is then taken."""
         keys = [_inbox(slot), _DOORBELL, *(slots_key(seat) for seat in seats)]
         with redis_errors():
-            popped = as_any(self._redis.blmpop(timeout_s, len(keys), *keys, direction="LEFT", count=1))
+            popped = as_any(
+                self._redis.blmpop(timeout_s, len(keys), *keys, direction="LEFT", count=1)
+            )
             if popped is None:
                 return Signals([], None)
             key, (value,) = popped
@@ -130,7 +132,7 @@ class Fleet:
                 return Signals([decode_completion(value), *self.completions(slot)], None)
             if key == _DOORBELL.encode():
                 return Signals(self.completions(slot), None)
-            token = SlotToken.unpack(value)
+            token = SlotToken.unpack(value.decode())
             alive = self._redis.exists(_worker(token.worker))
             return Signals([], token if alive else None)
 
@@ -145,7 +147,7 @@ class Fleet:
         with redis_errors():
             for seat in seats:
                 while (raw := as_any(self._redis.lpop(slots_key(seat)))) is not None:
-                    token = SlotToken.unpack(raw)
+                    token = SlotToken.unpack(raw.decode())
                     if self._redis.exists(_worker(token.worker)):
                         return token
         return None
@@ -162,12 +164,6 @@ class Fleet:
             pipe.set(_batch(batch.id), encode(batch), px=2 * lease_ms)
             pipe.set(_lease(batch.id), b"1", px=lease_ms)
             pipe.execute()
-
-    def revoke(self, batch_ids: Iterable[str]) -> None:
-        """End leases at once: their workers will drop the batches."""
-        if keys := [key for id_ in batch_ids for key in (_lease(id_), _batch(id_))]:
-            with redis_errors():
-                self._redis.delete(*keys)
 
     def phases(self, batch_ids: Sequence[str]) -> list[Phase]:
         """How these batches stand, in order."""
@@ -191,7 +187,7 @@ class Fleet:
         with redis_errors():
             for seat in ("any", "live"):
                 for raw in as_any(self._redis.lrange(slots_key(seat), 0, -1)):
-                    if SlotToken.unpack(raw).worker == worker:
+                    if SlotToken.unpack(raw.decode()).worker == worker:
                         self._redis.lrem(slots_key(seat), 0, raw)
 
     def offered(self, tokens: Sequence[SlotToken]) -> list[bool]:
@@ -199,7 +195,7 @@ class Fleet:
         with redis_errors():
             pipe = self._redis.pipeline(transaction=False)
             for token in tokens:
-                pipe.lpos(slots_key(token.seat), token.packed())  # type: ignore[arg-type]
+                pipe.lpos(slots_key(token.seat), token.packed())
             return [position is not None for position in as_any(pipe.execute())]
 
     def fetch(self, batch_id: str) -> Batch | None:
@@ -229,12 +225,6 @@ class Fleet:
             pipe.expire(_inbox(batch.reply_to), INBOX_TTL_S)
             pipe.delete(_lease(batch.id), _phase(batch.id), _batch(batch.id))
             pipe.execute()
-
-    def release(self, batch_ids: Iterable[str]) -> None:
-        """Give batches back unrun (drain): nobody is charged."""
-        if keys := [k for id_ in batch_ids for k in (_lease(id_), _phase(id_), _batch(id_))]:
-            with redis_errors():
-                self._redis.delete(*keys)
 
     def offer(self, token: SlotToken) -> None:
         with redis_errors():

@@ -33,7 +33,12 @@ def redis_errors() -> Iterator[None]:
     """Translate the client library's errors. Raises Transient (redis_unavailable)."""
     try:
         yield
-    except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ResponseError, OSError) as error:
+    except (
+        redis.ConnectionError,
+        redis.TimeoutError,
+        redis.exceptions.ResponseError,
+        OSError,
+    ) as error:
         raise Transient(
             "redis_unavailable",
             f"Redis did not answer ({type(error).__name__}: {error}). Is the stack up? See `headrace status`.",

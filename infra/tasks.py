@@ -58,12 +58,12 @@ class Mailboxes:
         self._app = app
         self._producer = app.amqp.Producer(app.connection_for_write(), auto_declare=False)
 
-    def send(self, worker: str, batch_id: str) -> None:
-        """Raises Transient (redis_unavailable)."""
+    def send(self, worker: str, batch_id: str, slot: str) -> None:
+        """slot: the token that the worker offered for this batch. Raises Transient (redis_unavailable)."""
         try:
             self._app.send_task(
                 RUN_BATCH,
-                args=(batch_id,),
+                args=(batch_id, slot),
                 queue=mailbox(worker),
                 task_id=batch_id,
                 retry=False,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -107,15 +109,25 @@ class Bundle:
         for engine, config in self.config.engines.items():
             at = f"$.engines.{engine}.file"
             graph = self._named(at, config.file)
-            for weights in external_files(graph) if check_graphs else ():
-                self._named(at, os.path.join(graph.parent.relative_to(self.folder), weights))
+            if check_graphs:
+                self._check_weights(at, graph)
         for field in ("labels", "tokenizer", "sample"):
             name = getattr(self.config, field)
             if isinstance(name, str):
                 self._named(f"$.{field}", name)
 
     def _named(self, at: str, name: str) -> Path:
-        try:
+        with self._blaming(at):
             return self.path(name)
+
+    def _check_weights(self, at: str, graph: Path) -> None:
+        with self._blaming(at):
+            for weights in external_files(graph):
+                self.path(os.path.join(graph.parent.relative_to(self.folder), weights))
+
+    @contextmanager
+    def _blaming(self, at: str) -> Iterator[None]:
+        try:
+            yield
         except InvalidModel as error:
             raise InvalidModel(error.code, f"{self.where(at)}: {error.message}") from error

@@ -15,7 +15,7 @@ from pipelines.bundle import Bundle
 from pipelines.engines.engine import Engine
 from pipelines.modalities import build_steps
 from pipelines.samples import sample_payload
-from schemas.errors import InferenceFailed, InvalidJob, InvalidModel, PipelineError
+from schemas.errors import InferenceFailed, InvalidJob, InvalidModel
 
 Row = dict[str, NDArray[Any]]
 """One item's arrays by engine input or output, without the batch axis."""
@@ -31,11 +31,15 @@ class LoadedModel:
         self.config = bundle.config
         self.engines = dict(engines)
         self._steps = build_steps(bundle)
-        pad = self.config.batch.pad
-        self._pad = self.config.modality == "text" if pad is None else pad
         for i, step in enumerate(self._steps.postprocess):
             if prepare := getattr(step, "prepare", None):
                 self._prepare(prepare, f"$.postprocess[{i}]")
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows of different length share a batch, the shorter filled up with zeros."""
+        pad = self.config.batch.pad
+        return self.config.modality == "text" if pad is None else pad
 
     def decode(self, payload: bytes, content_type: str, params: Mapping[str, Any]) -> Row:
         """One job's payload to a row. content_type: only named in refusals, the bytes decide.
@@ -131,7 +135,7 @@ class LoadedModel:
     def _groups(self, rows: Sequence[Row]) -> list[list[int]]:
         groups: dict[object, list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
-            shapes = tuple((name, a.ndim if self._pad else a.shape) for name, a in row.items())
+            shapes = tuple((name, a.ndim if self.pads else a.shape) for name, a in row.items())
             groups[shapes].append(i)
         return list(groups.values())
 
@@ -168,6 +172,3 @@ def _finite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_finite, value))
     return True
-
-
-__all__ = ["LoadedModel", "PipelineError", "Row", "collate"]

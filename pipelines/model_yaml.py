@@ -58,11 +58,11 @@ class ModelYaml:
     def _refuse_duplicates(self, mapping: yaml.MappingNode) -> None:
         lines: dict[str, int] = {}
         for key, _ in mapping.value:
-            if key.value in lines:
-                first = lines[key.value]
+            if not isinstance(key, yaml.ScalarNode):
+                raise self._error(key.start_mark, "expected a name before the colon, came a list")
+            if first := lines.get(key.value):
                 raise self._error(key.start_mark, f"`{key.value}` is given in line {first} already")
-            if isinstance(key, yaml.ScalarNode):
-                lines[key.value] = key.start_mark.line + 1
+            lines[key.value] = key.start_mark.line + 1
 
     def _convert(self, raw: dict[str, Any]) -> ModelConfig:
         try:

@@ -24,14 +24,16 @@ def external_files(graph: Path) -> list[str]:
         raise InvalidModel("model_onnx_invalid", f"{graph}: not an ONNX file: {error}") from error
     if not model.graph.node:
         raise InvalidModel("model_onnx_invalid", f"{graph}: not an ONNX file: it holds no graph")
-    return sorted(
-        {
-            entry.value
-            for tensor in _messages(model, onnx.TensorProto)
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }
-    )
+    locations = {
+        entry.value
+        for tensor in _messages(model, onnx.TensorProto)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    if any("*" in location for location in locations):
+        # ONNX Runtime takes `*/_ORT_MEM_ADDR_/*` for an address in its own memory.
+        raise InvalidModel("model_file_outside", f"{graph}: names memory as the file of a weight")
+    return sorted(locations)
 
 
 def _messages(message: Message, kind: type[Message]) -> Iterator[Message]:

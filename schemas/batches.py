@@ -11,7 +11,7 @@ from schemas.payloads import Payload, Ref
 from schemas.results import StageTimes
 
 RUN_BATCH = "headrace.run_batch.v1"
-"""Wire name of the Celery task. Its one argument is the batch id."""
+"""Wire name of the Celery task. Its arguments: the batch id, and the slot it was given to."""
 
 
 class BatchItem(Struct, frozen=True, array_like=True):
@@ -53,7 +53,7 @@ class ItemOutcome(Struct, frozen=True, array_like=True):
 
 
 class Completion(Struct, frozen=True, array_like=True):
-    """items: in the order of the batch's items, as many."""
+    """items: in the order of the batch's items, as many; or none, when the worker gives the batch back unrun."""
 
     batch_id: str
     worker: str

@@ -47,7 +47,7 @@ class JobFailed(PipelineError):
     """What a client raises when it asks for the result of a job that ended without one."""
 
 
-class Backpressure(Exception):  # noqa: N818 - a signal, not an error: it pauses, it does not fail
+class Backpressure(Exception):
     """No room now. Outside the tree: the caller pauses and tries again."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:

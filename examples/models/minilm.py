@@ -53,7 +53,7 @@ postprocess:                      # the engine's output -> the answer
 
 batch:
   max_jobs: 32
-  buckets: [1, 2, 4, 8]
+  buckets: [1, 2, 4, 8, 16]
 """
 
 CLASSIFIER_YAML = """\
@@ -97,12 +97,12 @@ postprocess:                      # the engine's output -> the answer
           - company profits and investors
         health:
           - a doctor treats a patient in hospital
-          - a disease, its symptoms and a vaccine
+          - a disease and the medicine or vaccine against it
           - sleep, exercise and a healthy body
 
 batch:
   max_jobs: 32
-  buckets: [1, 2, 4, 8]
+  buckets: [1, 2, 4, 8, 16]
 """
 
 
@@ -214,7 +214,7 @@ def gelu(g: Graph, x: str) -> str:
 
 
 def unit_mean(g: Graph, x: str, mask: str) -> str:
-    """x [N, S, 384] -> [N, 384]: the mean of the tokens that are no padding, brought to length 1."""
+    """x [N, S, 384] -> [N, 384]: the mean of all tokens but padding, at length 1."""
     tokens = g.op("Unsqueeze", mask, g.constant(np.array([2])))
     total = g.op("ReduceSum", g.op("Mul", x, tokens), g.constant(np.array([1])), keepdims=0)
     # The number of tokens would cancel out: the sum has the same direction as the mean.

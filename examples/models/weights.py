@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Weights = dict[str, NDArray[Any]]
 
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C
+
 
 def read_safetensors(path: Path) -> Weights:
     """All arrays of a .safetensors file, read-only.
@@ -50,9 +52,6 @@ def read_torch(path: Path) -> Weights:
         storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
         numbers = {key: _read_storage(file, storages[key]) for key in order}
     return {name: tensor.view(numbers[tensor.storage.key]) for name, tensor in tensors.items()}
-
-
-TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 @dataclass(frozen=True)

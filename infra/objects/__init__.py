@@ -69,8 +69,8 @@ class ObjectStore(Protocol):
         """Deleting what is not there is no error."""
 
 
-class ObjectExists(Exception):  # noqa: N818 - the answer to a question, not a failure of the store
-    """put(if_absent=True) found an object at its key."""
+class ObjectExists(Exception):
+    """put(if_absent=True) found an object at its key. An answer, not a failure of the store."""
 
 
 def open_objects(url: str) -> ObjectStore:

@@ -72,7 +72,7 @@ class FileObjects:
 
     def list(self, folder: str = "") -> Iterator[ObjectInfo]:
         with _translated(folder):
-            yield from self._walk(self._path(folder) if folder else self._root)
+            yield from self._walk(f"{check_key(folder)}/" if folder else "")
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -101,16 +101,19 @@ class FileObjects:
             with suppress(OSError):
                 aside.unlink()
 
-    def _walk(self, folder: Path) -> Iterator[ObjectInfo]:
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+    def _walk(self, prefix: str) -> Iterator[ObjectInfo]:
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(self._root / prefix) as entries,
+        ):
             for entry in entries:
+                key = prefix + entry.name
                 if entry.is_dir():
-                    if entry.name != UNFINISHED:
-                        yield from self._walk(Path(entry))
+                    if key != UNFINISHED:
+                        yield from self._walk(f"{key}/")
                     continue
                 with suppress(FileNotFoundError):
                     stat = entry.stat()
-                    key = Path(entry).relative_to(self._root).as_posix()
                     yield ObjectInfo(key, stat.st_size, stat.st_mtime)
 
     def _delete_leftovers(self) -> None:

@@ -27,6 +27,8 @@ Rate = Annotated[int, Meta(ge=1000, le=384_000)]
 MAX_CHANNELS = 32
 _READABLE = ("WAV audio", "FLAC audio", "an Ogg stream", "MP3 audio")
 _BLOCK_FRAMES = 65_536
+_MISSING_S = 0.25
+"""What a header may promise too much: encoders round up to whole frames."""
 _STREAMED = (0, 0x7FFFFFFF, 0xFFFFFFFF)
 """Sizes that a program writes which cannot go back to the header when it is done."""
 
@@ -47,17 +49,12 @@ def decode_audio(
             raise _unreadable(f"{len(data)} bytes that look like {came}")
         try:
             with soundfile.SoundFile(BytesIO(data)) as file:
-                _check_header(file, max(file.frames / file.samplerate, _claimed_s(data)), max_s)
+                said_s = max(file.frames / file.samplerate, _wav_header_s(data))
+                _check_header(file, said_s, max_s)
                 sound, file_rate = _read_mono(file, max_s), file.samplerate
         except soundfile.SoundFileError as error:
             raise _unreadable(f"a damaged one ({error})") from error
-        if len(sound) < max(1, min_s * file_rate):
-            code, what = ("audio_too_short", "less") if len(sound) else ("audio_empty", "none")
-            raise InvalidJob(
-                code, f"Expected at least {max(min_s, 0.001):g} s of sound, came {what}."
-            )
-        if not np.isfinite(sound).all():
-            raise InvalidJob("audio_not_finite", "Expected finite samples, came NaN or infinity.")
+        _check_sound(sound, len(sound) / file_rate, said_s, min_s)
         if file_rate != rate:
             sound = soxr.resample(sound, file_rate, rate)
         return np.clip(sound, -1.0, 1.0)
@@ -81,8 +78,23 @@ def _check_header(file: Any, length_s: float, max_s: float) -> None:
         )
 
 
-def _claimed_s(data: bytes) -> float:
-    """Seconds of a WAV file by its own header; libsndfile says only what is really there."""
+def _check_sound(sound: Waveform, came_s: float, said_s: float, min_s: float) -> None:
+    if not len(sound):
+        raise InvalidJob("audio_empty", "Expected some sound, came a file with no samples.")
+    if came_s < said_s - _MISSING_S:
+        raise InvalidJob(
+            "audio_truncated",
+            f"Expected {said_s:.1f} s by the file's header, it ends after {came_s:.1f} s.",
+        )
+    if came_s < min_s:
+        raise InvalidJob("audio_too_short", f"Expected at least {min_s:g} s, came {came_s:.2f} s.")
+    if not np.isfinite(sound).all():
+        raise InvalidJob("audio_not_finite", "Expected finite samples, came NaN or infinity.")
+
+
+def _wav_header_s(data: bytes) -> float:
+    """Seconds that the header of a WAV file cut short promised; libsndfile does not tell. 0 of a
+    whole file."""
     if data[:4] != b"RIFF":
         return 0.0
     bytes_per_s, at = 0, 12
@@ -91,7 +103,8 @@ def _claimed_s(data: bytes) -> float:
         if kind == b"fmt " and at + 20 <= len(data):
             (bytes_per_s,) = struct.unpack_from("<I", data, at + 16)
         if kind == b"data":
-            return 0.0 if size in _STREAMED or not bytes_per_s else size / bytes_per_s
+            whole = size in _STREAMED or at + 8 + size <= len(data)
+            return 0.0 if whole or not bytes_per_s else size / bytes_per_s
         at += 8 + size + size % 2
     return 0.0
 
@@ -100,11 +113,12 @@ def _read_mono(file: Any, max_s: float) -> Waveform:
     """Read by blocks, so that neither a false length nor many channels take memory."""
     blocks: list[Waveform] = []
     left = int(max_s * file.samplerate)
-    while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
-        left -= len(block)
-        if left < 0:
-            raise _too_long("more", max_s)
-        blocks.append(block[:, 0] if file.channels == 1 else block.mean(axis=1))
+    with np.errstate(all="ignore"):  # NaN and infinity in a file of floats are refused later
+        while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+            left -= len(block)
+            if left < 0:
+                raise _too_long("more", max_s)
+            blocks.append(block[:, 0] if file.channels == 1 else block.mean(axis=1))
     return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
 
 

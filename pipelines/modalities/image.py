@@ -26,6 +26,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PILLOW_MAX_PIXELS = 89_478_485
 """Above it Pillow itself warns of a decompression bomb."""
 
+MAX_SCANS = 100
+"""Of a JPEG with as many pixels as allowed; of a smaller one accordingly more."""
+
 Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Side = Annotated[int, Meta(ge=1, le=16384)]
 Edit = Callable[[Image.Image], Image.Image]
@@ -54,8 +57,11 @@ def decode_image(
 
     def decode(data: bytes) -> Image.Image:
         image = _open(data)
-        if image.width * image.height > max_pixels:
+        pixels = image.width * image.height
+        if pixels > max_pixels:
             raise _too_large(f"{image.width} x {image.height}", max_pixels)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(data, pixels, max_pixels)
         _load(image)
         return _eight_bit(_upright(image), mode)
 
@@ -65,13 +71,26 @@ def decode_image(
         try:
             return Image.open(BytesIO(data), formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _too_large("far more", max_pixels) from error
+            found = re.search(r"\d+", str(error))
+            raise _too_large(found[0] if found else "more", max_pixels) from error
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
             raise _unreadable(data, error) from error
 
     return decode
+
+
+def _check_scans(data: bytes, pixels: int, max_pixels: int) -> None:
+    """A progressive JPEG goes over all its pixels in each of about ten scans. Nothing but this
+    stops a file of 100 KB from asking for thousands. Other bytes may look like the marker, such
+    as a video after the picture, so it is the work that has a limit."""
+    scans = data.count(b"\xff\xda")
+    if scans * pixels > MAX_SCANS * max_pixels:
+        raise InvalidJob(
+            "image_too_many_scans",
+            f"Expected a JPEG of at most {MAX_SCANS} scans, came {scans}; save it again.",
+        )
 
 
 def _too_large(came: str, max_pixels: int) -> InvalidJob:

@@ -93,7 +93,7 @@ def tokenize(
     max_tokens: with the special ones. inputs: which engine input takes what; by default
     {input_ids: ids, attention_mask: mask}.
     """
-    tokenizer = _tokenizer(bundle)
+    tokenizer = load_tokenizer(bundle)
     tokenizer.no_padding()
     if truncate:
         tokenizer.enable_truncation(max_tokens)
@@ -118,12 +118,13 @@ def tokenize(
     return encode
 
 
-def _tokenizer(bundle: Bundle) -> Any:
-    from tokenizers import Tokenizer
+def load_tokenizer(bundle: Bundle) -> Any:
+    """A `tokenizers.Tokenizer` of the bundle's file. Raises InvalidModel."""
+    from tokenizers import Tokenizer  # not needed by a text model that has a step of its own
 
     if bundle.config.tokenizer is None:
         raise InvalidModel(
-            "model_step_invalid", "tokenize: expected `tokenizer: tokenizer.json` in model.yaml"
+            "model_step_invalid", "expected `tokenizer: tokenizer.json` in model.yaml for this step"
         )
     path = bundle.path(bundle.config.tokenizer)
     try:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from schemas.admission import check_deadline, check_limits
 from schemas.errors import InvalidJob, PipelineError
 from schemas.jobs import Job
 from schemas.models import ModelCard
@@ -67,29 +68,3 @@ def _again(job: Job, known_as: str) -> Admission:
             "use a new key for new work.",
         ),
     )
-
-
-def check_deadline(job: Job, max_deadline_s: float) -> None:
-    """Raises InvalidJob (deadline_too_far)."""
-    if (ahead_s := job.deadline_at - job.submitted_at) > max_deadline_s:
-        raise InvalidJob(
-            "deadline_too_far",
-            f"Expected a deadline at most {max_deadline_s:.0f} s after submission, came {ahead_s:.0f} s.",
-        )
-
-
-def check_limits(job: Job, card: ModelCard) -> None:
-    """Raises InvalidJob (payload_empty, payload_too_large, wrong_modality)."""
-    size = job.payload.size_bytes
-    if size == 0:
-        raise InvalidJob("payload_empty", f"Expected {card.modality} bytes, came none.")
-    if size > card.limits.max_bytes:
-        raise InvalidJob(
-            "payload_too_large",
-            f"Model {card.name} takes at most {card.limits.max_bytes} bytes, came {size}.",
-        )
-    if job.topic.split(".")[1] != card.modality:
-        raise InvalidJob(
-            "wrong_modality",
-            f"Model {card.name} takes {card.modality} jobs, this one came on {job.topic}.",
-        )

@@ -124,7 +124,7 @@ class Dispatcher:
         batch = self._batch(jobs)
         try:
             self.fleet.lease(batch)
-            self.mailboxes.send(token.worker, batch.id)
+            self.mailboxes.send(token.worker, batch.id, token.packed())
             self.view.running(
                 {job.job.id: encode_outcome(outcome_of(job.job, "running")) for job in jobs}
             )

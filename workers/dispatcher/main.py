@@ -8,10 +8,11 @@ import threading
 import time
 from types import FrameType
 
+from infra.eventlog.open import open_log
+
 from infra.catalogue import Catalogue
 from infra.embedded import announce_ready
 from infra.eventlog import EventLog, Fenced
-from infra.eventlog.open import open_log
 from infra.fleet import DispatcherBeat, Fleet, LaneSnapshot
 from infra.job_view import JobView
 from infra.logs import configure_logs, get_logger

@@ -24,7 +24,7 @@ class RetryPolicy:
     def __init__(self, base_s: float, cap_s: float, rng: random.Random | None = None) -> None:
         self._base_s = base_s
         self._cap_s = cap_s
-        self._rng = rng or random.Random()  # noqa: S311 - spreads load, hides nothing
+        self._rng = rng or random.Random()
 
     def delay_s(self, failures: int) -> float:
         return self._rng.uniform(0, min(self._cap_s, self._base_s * 2 ** min(failures, 32)))
@@ -119,9 +119,7 @@ class Outcomes:
         value = encode_outcome(outcome)
         self._outputs.append(NewRecord(RESULTS, job.id, result_headers(outcome), value))
         if outcome.fingerprint is not None:
-            self._outputs.append(
-                NewRecord(KEYS, job.id, {"fingerprint": outcome.fingerprint}, b"")
-            )
+            self._outputs.append(NewRecord(KEYS, job.id, {"fingerprint": outcome.fingerprint}, b""))
         self._ended.append(Ended(job.id, value, job.reply_to))
         self._memory.ended(job, now)
         self.counts[outcome.status] += 1

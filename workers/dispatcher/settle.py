@@ -35,6 +35,9 @@ class Settlement:
             if lease is None:
                 logger.info("completion_ignored", batch=completion.batch_id)
                 continue
+            if not completion.items:
+                self._batcher.add(lease.jobs)
+                continue
             for job, item in zip(lease.jobs, completion.items, strict=True):
                 self._judge(job, item, completion.worker, now)
 
@@ -43,7 +46,11 @@ class Settlement:
         self._leases.take(lease.batch_id)
         self.redispatched += len(lease.jobs)
         logger.warning(
-            "lease_lost", batch=lease.batch_id, worker=lease.worker, jobs=len(lease.jobs), begun=begun
+            "lease_lost",
+            batch=lease.batch_id,
+            worker=lease.worker,
+            jobs=len(lease.jobs),
+            begun=begun,
         )
         for job in lease.jobs:
             if not begun and job.dispatches < MAX_DISPATCHES:

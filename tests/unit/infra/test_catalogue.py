@@ -21,7 +21,7 @@ from schemas.models import BatchConfig, Limits, ModelCard
 
 class Clock:
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = 0.0
 
     def __call__(self) -> float:
         return self.now

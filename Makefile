@@ -1,0 +1,46 @@
+# One line each: what people and CI call. PYTHON picks the interpreter of the virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test test-long demo up bench lock clean
+
+help: ## show these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## make the virtual environment
+
+$(VENV)/.ready: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+check: setup ## format, lint, types, imports
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: setup ## format and fix what can be fixed
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+test: setup ## every test, faults in their short form
+	$(BIN)/python -m pytest
+
+test-long: setup ## every test, faults at full length
+	HEADRACE_FAULTS=long $(BIN)/python -m pytest --timeout 1800
+
+demo: setup ## three real models, real inputs, the answers in a table
+	$(BIN)/headrace demo
+
+up: setup ## the embedded stack in the foreground
+	$(BIN)/headrace up
+
+bench: setup ## figures of docs/performance.md, measured here
+	$(BIN)/python -m bench
+
+lock: ## compile requirements/*.txt anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev -o requirements/dev.txt pyproject.toml requirements/build.in
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements/main.txt pyproject.toml
+
+clean: ## remove the virtual environment and caches of tools
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Runnable examples: recipes for the demo's models."""

@@ -1,0 +1,1 @@
+"""Recipes: each makes a model bundle out of published weights. Start with README.md."""

@@ -1,0 +1,5 @@
+"""`python -m headrace`: the same as `headrace`."""
+
+from headrace.cli import main
+
+main()

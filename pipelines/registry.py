@@ -1,0 +1,149 @@
+"""Puts models where workers find them: the registry's write side; `infra/catalogue.py` reads it.
+
+A model is installed only after it has answered here, and is there when its card is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from infra.catalogue import Catalogue, card_key, files_folder, read_card, version_folder
+from infra.objects import ObjectExists, ObjectStore, check_key
+from pipelines.bundle import Bundle
+from pipelines.engines import load_engine
+from pipelines.engines.cache import EngineCache
+from pipelines.engines.engine import Engine
+from pipelines.model import LoadedModel
+from pipelines.validate import check
+from schemas.errors import InvalidJob, InvalidModel
+from schemas.models import ModelCard
+
+Stage = Literal["validate", "build", "check", "install"]
+
+
+class Added(NamedTuple):
+    """new: False if this very version was installed already, and nothing was done."""
+
+    card: ModelCard
+    new: bool
+
+
+def add(
+    folder: Path,
+    objects: ObjectStore,
+    cache: EngineCache,
+    *,
+    budget_bytes: int,
+    on_stage: Callable[[Stage], None] = lambda stage: None,
+) -> Added:
+    """Validate a bundle, build its engines, let it answer its sample, install it.
+
+    The engines stay in the cache, so a worker on this machine loads them without a build.
+    budget_bytes: what a worker may hold in engines (`WorkerSettings.memory_bytes`).
+    on_stage: called as each stage begins. Raises InvalidModel, and Transient (no room, no store).
+    """
+    on_stage("validate")
+    bundle = Bundle.open(folder)
+    _check_file_names(bundle)
+    if card := _installed(bundle, objects):
+        return Added(card, new=False)
+    on_stage("build")
+    with _engines(bundle, cache) as engines:
+        _check_memory(engines, budget_bytes)
+        on_stage("check")
+        check(LoadedModel(bundle, engines))
+    on_stage("install")
+    return _install(bundle, objects)
+
+
+def remove(name: str, version: int | None, objects: ObjectStore, *, force: bool = False) -> ModelCard:
+    """Uninstall a version; None stands for the only one. Returns the card it had.
+
+    Jobs that are waiting for it fail (version_unknown, model_removed); a worker that holds it goes
+    on answering them. Raises InvalidJob if there is no such version, and InvalidModel if it must
+    be named, or is the model's last and force is not given.
+    """
+    card = Catalogue(objects).resolve(name, version)
+    versions = [c.version for c in Catalogue(objects).cards() if c.name == name]
+    if version is None and len(versions) > 1:
+        raise InvalidModel(
+            "version_missing", f"Model {name} has the versions {versions}; say which one to remove."
+        )
+    if len(versions) == 1 and not force:
+        raise InvalidModel(
+            "version_last",
+            f"Version {card.version} is the last of model {name}: all jobs for it will be refused."
+            " Add another version first, or force it.",
+        )
+    objects.delete(card_key(name, card.version))
+    _delete_folder(version_folder(name, card.version), objects)
+    return card
+
+
+def _check_file_names(bundle: Bundle) -> None:
+    try:
+        for key in _keys(bundle):
+            check_key(key)
+    except InvalidJob as error:
+        raise InvalidModel(
+            "model_file_name", f"{bundle.folder}: rename a file. {error.message}"
+        ) from error
+
+
+def _installed(bundle: Bundle, objects: ObjectStore) -> ModelCard | None:
+    """The card of this version if it has this content. Raises InvalidModel if it has another."""
+    config = bundle.config
+    try:
+        card = read_card(objects, card_key(config.name, config.version))
+    except InvalidJob:
+        return None
+    if card.digest == bundle.digest:
+        return card
+    raise InvalidModel(
+        "version_exists",
+        f"{bundle.where('$.version')}: {config.name} version {config.version} is installed already"
+        " with other content; raise `version`.",
+    )
+
+
+@contextmanager
+def _engines(bundle: Bundle, cache: EngineCache) -> Iterator[dict[str, Engine]]:
+    with ExitStack() as loaded:
+        engines = {}
+        for role, config in bundle.config.engines.items():
+            engine = load_engine(
+                bundle.path(config.file), config, bundle.config.batch.buckets, cache=cache, threads=1
+            )
+            loaded.callback(engine.close)
+            engines[role] = engine
+        yield engines
+
+
+def _check_memory(engines: dict[str, Engine], budget_bytes: int) -> None:
+    needed_bytes = sum(engine.memory_bytes for engine in engines.values())
+    if needed_bytes > budget_bytes:
+        raise InvalidModel(
+            "model_too_large",
+            f"Expected engines of at most {budget_bytes} bytes, which is what a worker may hold"
+            f" (HEADRACE_WORKER__MEMORY_BYTES), came {needed_bytes}; raise it or use a smaller model.",
+        )
+
+
+def _install(bundle: Bundle, objects: ObjectStore) -> Added:
+    card = _card(bundle)
+    try:
+        for name, key in zip(bundle.files(), _keys(bundle), strict=True):
+            objects.put(key, bundle.path(name))
+        _check_copy(card, bundle, objects)
+        objects.put(card_key(card.name, card.version), msgspec.json.encode(card), if_absent=True)
+    except ObjectExists:
+        ...
+    except BaseException:
+        ...
+    return Added(card, new=True)

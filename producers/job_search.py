@@ -1,0 +1,61 @@
+"""Finding jobs in the event log itself, for when the job view does not know them."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+
+from infra.eventlog import EventLog, Record
+from schemas.errors import InvalidJob
+from schemas.jobs import read_job, submitted_near
+from schemas.results import Outcome, decode_outcome, outcome_of
+from schemas.topics import JOB_TOPICS, RESULTS, TOPIC_BY_NAME
+
+CLOCK_MARGIN_S = 2.0
+
+
+def find_job(log: EventLog, job_id: str) -> Outcome | None:
+    """The job's outcome, or its state as queued; None if the log does not hold it (any more).
+
+    Reads on from the time in the id; an id without one (of an idempotency key) means reading everything.
+    """
+    made_at = submitted_near(job_id)
+    since = (
+        time.time() - TOPIC_BY_NAME[RESULTS].retention_s
+        if made_at is None
+        else made_at - CLOCK_MARGIN_S
+    )
+    for record in log.read([RESULTS], since):
+        if record.key == job_id:
+            return decode_outcome(record.value)
+    for record in log.read(JOB_TOPICS, since):
+        if record.key == job_id:
+            return _queued(record)
+    return None
+
+
+def recent_jobs(
+    log: EventLog, since: float, limit: int, wanted: Callable[[Outcome], bool]
+) -> list[Outcome]:
+    """The newest wanted jobs that were submitted since a time (seconds since the epoch), newest first.
+
+    Reads results before jobs, so a job that ends meanwhile may still show as queued, never the reverse.
+    """
+    ended = {record.key: record.value for record in log.read([RESULTS], since)}
+    newest: list[tuple[float, str, Outcome]] = []
+    for record in log.read(JOB_TOPICS, since):
+        value = ended.get(record.key)
+        outcome = decode_outcome(value) if value else _queued(record)
+        if outcome and wanted(outcome):
+            push = heapq.heappush if len(newest) < limit else heapq.heappushpop
+            push(newest, (outcome.submitted_at, outcome.job_id, outcome))
+    return [outcome for _, _, outcome in sorted(newest, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _queued(record: Record) -> Outcome | None:
+    try:
+        job = read_job(record.position.topic, record.headers, record.value, record.time)
+    except InvalidJob:
+        return None
+    return outcome_of(job, "queued")

@@ -1,0 +1,199 @@
+"""The inference worker process: load and warm, then ask for work; on SIGTERM drain, then close."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import psutil
+from celery import signals
+from pipelines.engines.cache import EngineCache
+
+from infra.catalogue import Catalogue
+from infra.embedded import announce_ready
+from infra.fleet import Fleet, WorkerBeat
+from infra.logs import configure_logs, get_logger
+from infra.objects import open_objects
+from infra.redis_client import connect_redis
+from infra.settings import Settings, load_settings
+from infra.tasks import mailbox, make_app
+from pipelines.bundle import Bundle
+from pipelines.engines import load_engine
+from pipelines.model import LoadedModel
+from schemas.errors import PipelineError, Transient
+from workers.inference.hand import Hand
+from workers.inference.residency import Residency, memory_bytes
+from workers.inference.stages import Stages
+from workers.inference.task import BatchRunner
+from workers.inference.watchdog import Watchdog
+
+BEAT_EVERY_S = 1.0
+
+logger = get_logger("worker")
+
+
+def main() -> int:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    settings = load_settings()
+    configure_logs(settings.worker.name, settings.log_level)
+    Worker(settings).run()
+    return 0
+
+
+class Worker:
+    def __init__(self, settings: Settings) -> None:
+        options = settings.worker
+        self.settings = settings
+        self.fleet = Fleet(connect_redis(settings))
+        self.objects = open_objects(settings.objects_address)
+        self.catalogue = Catalogue(self.objects)
+        self.cache = EngineCache(settings.engine_cache_dir, settings.engine_cache_bytes)
+        executors = options.executors or len(os.sched_getaffinity(0))
+        self.hand = Hand(options.name, options.slots)
+        self.residency = Residency(self.load, options.memory_bytes)
+        self.runner = BatchRunner(
+            self.fleet, self.hand, self.residency, Stages(self.objects, executors)
+        )
+        self.watchdog = Watchdog(self.hand)
+        self.started_at = time.time()
+        self.ready = False
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Warm up, then serve until SIGTERM. Each step of the start is logged with its time."""
+        self.warm_up()
+        app = make_app(self.settings)
+        self.runner.register(app)
+        signals.worker_ready.connect(self.on_ready, weak=False)
+        signals.worker_shutting_down.connect(self.on_drain, weak=False)
+        app.Worker(
+            hostname=self.settings.worker.name,
+            pool="threads",
+            concurrency=self.hand.capacity,
+            queues=[mailbox(self.settings.worker.name)],
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+            loglevel="WARNING",
+            quiet=True,
+        ).start()
+        self.close()
+
+    def load(self, name: str, version: int) -> LoadedModel:
+        """Fetch, load and warm one version. Raises PipelineError."""
+        began = time.perf_counter()
+        folder = self.catalogue.folder(self.catalogue.resolve(name, version))
+        bundle = Bundle.open(folder, check_graphs=False)
+        engines = {
+            role: load_engine(
+                bundle.path(config.file),
+                config,
+                bundle.config.batch.buckets,
+                cache=self.cache,
+                threads=1,
+            )
+            for role, config in bundle.config.engines.items()
+        }
+        model = LoadedModel(bundle, engines)
+        loaded = time.perf_counter()
+        model.warm()
+        logger.info(
+            "model_loaded",
+            model=f"{name}/{version}",
+            load_ms=round((loaded - began) * 1000, 1),
+            warm_ms=round((time.perf_counter() - loaded) * 1000, 1),
+            memory_bytes=memory_bytes(model),
+        )
+        return model
+
+    def warm_up(self) -> None:
+        """Load the models named in the settings, or the newest version of each that the budget has room for."""
+        for name in self.settings.worker.models or sorted({c.name for c in self.catalogue.cards()}):
+            if self.residency.memory_bytes >= self.settings.worker.memory_bytes:
+                break
+            try:
+                card = self.catalogue.resolve(name, None)
+                with self.residency.use(card.name, card.version):
+                    pass
+            except PipelineError as error:
+                logger.error("model_not_loaded", model=name, code=error.code, error=error.message)
+
+    def on_ready(self, **_: Any) -> None:
+        """Celery listens: clear away what an earlier life offered, then ask for work."""
+        self.ready = True
+        threading.Thread(target=self.beat_forever, name="beat", daemon=True).start()
+        ready_s = round(time.time() - self.started_at, 3)
+        logger.info("ready", ready_s=ready_s, models=self.residency.names())
+        announce_ready(self.settings, self.settings.worker.name, models=self.residency.names())
+
+    def on_drain(self, **_: Any) -> None:
+        """SIGTERM: offer nothing more, finish what is in hand; what does not end in time goes back unrun."""
+        self.hand.close()
+        logger.info("draining", batches=len(self.hand.held()))
+        threading.Thread(target=self.end_drain, name="drain", daemon=True).start()
+
+    def end_drain(self) -> None:
+        try:
+            self.fleet.clear_slots(self.hand.worker)
+            if self._stopped.wait(self.settings.worker.drain_s):
+                return
+            for held in self.hand.held():
+                self.runner.give_back(held.batch)
+        except Transient as error:
+            logger.warning("drain_incomplete", error=error.message)
+        if not self._stopped.is_set():
+            logger.warning("drain_over", left=len(self.hand.held()))
+            os._exit(0)
+
+    def beat_forever(self) -> None:
+        cleared = False
+        while not self._stopped.is_set():
+            self.watchdog.look()
+            try:
+                if not cleared:
+                    self.fleet.clear_slots(self.hand.worker)
+                    cleared = True
+                self.beat()
+            except Transient as error:
+                logger.warning("beat_missed", error=error.message)
+            self._stopped.wait(BEAT_EVERY_S)
+
+    def beat(self) -> None:
+        """Sign of life, leases renewed, lost slots offered anew."""
+        held = self.hand.held()
+        lease_s = min((h.batch.lease_s for h in held), default=10.0)
+        self.fleet.beat(self.describe(), [h.batch.id for h in held], int(lease_s * 1000))
+        tokens = self.hand.offers()
+        if tokens:
+            self.hand.missing(tokens, self.fleet.offered(tokens))
+        self.runner.offer_slots()
+
+    def describe(self) -> WorkerBeat:
+        return WorkerBeat(
+            worker=self.hand.worker,
+            life=self.hand.life,
+            pid=os.getpid(),
+            started_at=self.started_at,
+            ready=self.ready,
+            draining=self.hand.closed,
+            slots=self.hand.capacity,
+            batches=[held.batch.id for held in self.hand.held()],
+            engines=self.residency.names(),
+            memory_bytes=psutil.Process().memory_info().rss,
+            jobs_done=self.runner.jobs_done,
+        )
+
+    def close(self) -> None:
+        self._stopped.set()
+        self.residency.close()
+        try:
+            self.fleet.sign_off(self.hand.worker)
+        except Transient as error:
+            logger.warning("sign_off_missed", error=error.message)
+        logger.info("stopped", jobs_done=self.runner.jobs_done)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
