@@ -50,6 +50,7 @@ class Bundle:
         """The file of this name in the bundle. Raises InvalidModel if it is missing or outside."""
         try:
             found = (self.folder / name).resolve()
+            is_file = found.is_file()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL, too long
             raise InvalidModel("model_file_missing", f"{name!r}: not a file: {error}") from error
         if Path(name).is_absolute() or not found.is_relative_to(self.folder):
@@ -57,7 +58,7 @@ class Bundle:
                 "model_file_outside",
                 f"{name!r}: lies outside the bundle {self.folder}; copy it in, name it from there",
             )
-        if not found.is_file():
+        if not is_file:
             raise InvalidModel(
                 "model_file_missing", f"{name!r}: no such file in the bundle {self.folder}"
             )

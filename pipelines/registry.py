@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from pipelines.engines.cache import EngineCache
 from pipelines.engines.engine import Engine
 from pipelines.model import LoadedModel
 from pipelines.validate import check
-from schemas.errors import InvalidJob, InvalidModel
+from schemas.errors import InvalidJob, InvalidModel, PipelineError
 from schemas.models import ModelCard
 
 Stage = Literal["validate", "build", "check", "install"]
@@ -62,7 +62,9 @@ def add(
     return _install(bundle, objects)
 
 
-def remove(name: str, version: int | None, objects: ObjectStore, *, force: bool = False) -> ModelCard:
+def remove(
+    name: str, version: int | None, objects: ObjectStore, *, force: bool = False
+) -> ModelCard:
     """Uninstall a version; None stands for the only one. Returns the card it had.
 
     Jobs that are waiting for it fail (version_unknown, model_removed); a worker that holds it goes
@@ -88,7 +90,7 @@ def remove(name: str, version: int | None, objects: ObjectStore, *, force: bool 
 
 def _check_file_names(bundle: Bundle) -> None:
     try:
-        for key in _keys(bundle):
+        for key in _keys(bundle).values():
             check_key(key)
     except InvalidJob as error:
         raise InvalidModel(
@@ -118,7 +120,11 @@ def _engines(bundle: Bundle, cache: EngineCache) -> Iterator[dict[str, Engine]]:
         engines = {}
         for role, config in bundle.config.engines.items():
             engine = load_engine(
-                bundle.path(config.file), config, bundle.config.batch.buckets, cache=cache, threads=1
+                bundle.path(config.file),
+                config,
+                bundle.config.batch.buckets,
+                cache=cache,
+                threads=1,
             )
             loaded.callback(engine.close)
             engines[role] = engine
@@ -138,12 +144,66 @@ def _check_memory(engines: dict[str, Engine], budget_bytes: int) -> None:
 def _install(bundle: Bundle, objects: ObjectStore) -> Added:
     card = _card(bundle)
     try:
-        for name, key in zip(bundle.files(), _keys(bundle), strict=True):
-            objects.put(key, bundle.path(name))
-        _check_copy(card, bundle, objects)
+        _copy(card, bundle, objects)
+        return _publish(card, bundle, objects)
+    except BaseException:
+        _discard(card, objects)
+        raise
+
+
+def _card(bundle: Bundle) -> ModelCard:
+    config = bundle.config
+    return ModelCard(
+        name=config.name,
+        version=config.version,
+        modality=config.modality,
+        tier=config.tier,
+        description=config.description,
+        batch=config.batch,
+        limits=config.limits,
+        digest=bundle.digest,
+        size_bytes=bundle.size_bytes,
+        added_at=time.time(),
+    )
+
+
+def _copy(card: ModelCard, bundle: Bundle, objects: ObjectStore) -> None:
+    """Raises InvalidModel if the copy is not what was checked."""
+    for name, key in _keys(bundle).items():
+        objects.put(key, bundle.path(name))
+    copy = Bundle.open(Catalogue(objects).folder(card), check_graphs=False)
+    if copy.digest != card.digest:
+        raise InvalidModel(
+            "model_changed", f"{bundle.folder}: changed while it was being added; add it again."
+        )
+
+
+def _publish(card: ModelCard, bundle: Bundle, objects: ObjectStore) -> Added:
+    """Of several who add the same version one wins; others have added the same, or are refused."""
+    try:
         objects.put(card_key(card.name, card.version), msgspec.json.encode(card), if_absent=True)
     except ObjectExists:
-        ...
-    except BaseException:
-        ...
+        return Added(_installed(bundle, objects) or card, new=False)
     return Added(card, new=True)
+
+
+def _discard(card: ModelCard, objects: ObjectStore) -> None:
+    """Delete what was copied, unless somebody else has installed the same content meanwhile."""
+    with suppress(PipelineError):
+        try:
+            kept = read_card(objects, card_key(card.name, card.version)).digest
+        except InvalidJob:
+            kept = None
+        if kept != card.digest:
+            _delete_folder(files_folder(card.name, card.version, card.digest), objects)
+
+
+def _keys(bundle: Bundle) -> dict[str, str]:
+    """Where each file of the bundle goes, by its name."""
+    folder = files_folder(bundle.config.name, bundle.config.version, bundle.digest)
+    return {name: f"{folder}/{name}" for name in bundle.files()}
+
+
+def _delete_folder(folder: str, objects: ObjectStore) -> None:
+    for info in list(objects.list(folder)):
+        objects.delete(info.key)

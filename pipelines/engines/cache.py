@@ -193,7 +193,7 @@ class EngineCache:
             with suppress(Transient), self._lock(key, wait_s=0):  # releasing removes the lock file
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
-                elif suffix == "failed" and self._remembered(key) is None:
+                elif suffix == "partial" or (suffix == "failed" and not self._remembered(key)):
                     path.unlink(missing_ok=True)
 
     def _evict(self) -> None:

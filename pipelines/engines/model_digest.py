@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 from msgspec import Struct
 
 from pipelines.engines.manifest import Stamp, read_json, sha256_of, stamp_of, write_json

@@ -26,13 +26,20 @@ WEIGHTS_FILE = "weights.bin"
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(int16)": np.dtype(np.int16),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(uint16)": np.dtype(np.uint16),
+    "tensor(uint32)": np.dtype(np.uint32),
+    "tensor(uint64)": np.dtype(np.uint64),
+    "tensor(bool)": np.dtype(np.bool_),
     "tensor(string)": np.dtype(object),
-} | {
-    f"tensor({name})": np.dtype(name)
-    for name in ("float16", "bool")
-    + tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 }
 
+_FATAL = 4  # errors come as exceptions; the library would print each a second time
 _OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "BFCArena")
 _DISK_FULL = ("Failed to write external initializers", "Protobuf serialization failed")
 
@@ -121,9 +128,6 @@ class OnnxRuntimeEngine(Engine):
 
     def _close(self) -> None:
         self._session = None
-
-
-_FATAL = 4  # errors are raised as exceptions already; the library would print each a second time
 
 
 def _import_quietly() -> ModuleType:

@@ -124,20 +124,25 @@ def _find(kind: Kind, name: str) -> Factory:
 
 def _checked(name: str, factory: Factory, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters, converted to the types that the factory's signature declares."""
-    signature = list(inspect.signature(factory).parameters.values())[1:]
+    takes = {p.name: p for p in list(inspect.signature(factory).parameters.values())[1:]}
+    required = {p.name for p in takes.values() if p.default is p.empty}
     hints = _hints(factory)
-    fields: list[Any] = [
-        (p.name, hints.get(p.name, Any))
-        if p.default is p.empty
-        else (p.name, hints.get(p.name, Any), p.default)
-        for p in signature
-    ]
-    params_type = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
     try:
-        return msgspec.structs.asdict(msgspec.convert(params, params_type))
+        if unknown := sorted(params.keys() - takes.keys()):
+            raise ValueError(f"has no parameter `{unknown[0]}`")
+        if missing := sorted(required - params.keys()):
+            raise ValueError(f"needs the parameter `{missing[0]}`")
+        return {key: _converted(key, value, hints.get(key, Any)) for key, value in params.items()}
+    except ValueError as error:
+        words = ", ".join(str(parameter) for parameter in takes.values()) or "no parameters"
+        raise InvalidModel("model_step_invalid", f"{name}: {error}; it takes {words}") from error
+
+
+def _converted(key: str, value: object, wanted: Any) -> object:
+    try:
+        return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
-        takes = ", ".join(str(p) for p in signature) or "no parameters"
-        raise InvalidModel("model_step_invalid", f"{name}: {error}; it takes {takes}") from error
+        raise ValueError(f"{key}: {error}") from error
 
 
 def _hints(factory: Factory) -> dict[str, Any]:

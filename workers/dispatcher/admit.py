@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from schemas.admission import check_deadline, check_limits
-from schemas.errors import InvalidJob, PipelineError
+from schemas.errors import InvalidJob, PipelineError, Transient
 from schemas.jobs import Job
 from schemas.models import ModelCard
 from workers.dispatcher.memory import NO_KEY, JobMemory
@@ -36,7 +36,7 @@ class Admitter:
         self._max_deadline_s = max_deadline_s
 
     def admit(self, job: Job, now: float) -> Admission:
-        """now: seconds since the epoch."""
+        """now: seconds since the epoch. Raises Transient when the model cannot be looked up now."""
         known_as = self._memory.known_as(job.id, now)
         if known_as is not None:
             return _again(job, known_as)
@@ -51,7 +51,9 @@ class Admitter:
             check_deadline(job, self._max_deadline_s)
             card = self._resolve(job.model, job.version)
             check_limits(job, card)
-        except InvalidJob as error:
+        except Transient:
+            raise
+        except PipelineError as error:
             return Admission("refused", job, error=error)
         return Admission("run", msgspec.structs.replace(job, version=card.version), card)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 
 from infra.eventlog import Consumer, Record
 from infra.logs import get_logger
@@ -43,19 +44,24 @@ class Intake:
         self._delayed: list[tuple[float, int, OpenJob]] = []
         self._order = itertools.count()
         self._bulk_paused = False
+        self._records: deque[Record] = deque()
 
     def receive(self, now: float) -> None:
-        """Take in what there is room for."""
+        """Take in what there is room for. Raises Transient."""
         self._hold_back_bulk()
         room = self._window_bytes - self._memory.held_bytes
         if room <= 0:
             return
-        for record in self._consumer.receive(RECEIVE_MOST, room):
+        self._records.extend(self._consumer.receive(RECEIVE_MOST, room))
+        while self._records:
+            # Taken off only when dealt with: a Transient leaves it, and those behind it, for the next call.
+            record = self._records[0]
             try:
                 self._take(record, now)
             except InvalidJob as error:
                 logger.warning("record_rejected", topic=record.position.topic, error=error.message)
                 self._outcomes.reject(record, error)
+            self._records.popleft()
 
     def wake(self, now: float) -> None:
         """Let go on what had to wait for its time; end what waited past its deadline."""
