@@ -62,30 +62,35 @@ def add(
     return _install(bundle, objects)
 
 
-def remove(
+def removable(
     name: str, version: int | None, objects: ObjectStore, *, force: bool = False
 ) -> ModelCard:
-    """Uninstall a version; None stands for the only one. Returns the card it had.
+    """The card of the version that is meant; None stands for the only one.
 
-    Jobs that are waiting for it fail (version_unknown, model_removed); a worker that holds it goes
-    on answering them. Raises InvalidJob if there is no such version, and InvalidModel if it must
-    be named, or is the model's last and force is not given.
+    Raises InvalidJob if there is no such version, and InvalidModel if it has to be named, or is the
+    last of its model and force is not given.
     """
-    card = Catalogue(objects).resolve(name, version)
-    versions = [c.version for c in Catalogue(objects).cards() if c.name == name]
+    catalogue = Catalogue(objects)
+    card = catalogue.resolve(name, version)
+    versions = [other.version for other in catalogue.cards() if other.name == name]
     if version is None and len(versions) > 1:
         raise InvalidModel(
-            "version_missing", f"Model {name} has the versions {versions}; say which one to remove."
+            "version_missing", f"Model {name} has the versions {versions}; say which one is meant."
         )
     if len(versions) == 1 and not force:
         raise InvalidModel(
             "version_last",
-            f"Version {card.version} is the last of model {name}: all jobs for it will be refused."
-            " Add another version first, or force it.",
+            f"Version {card.version} is the last of model {name}: every further job for it would be"
+            " refused. Add another version first, or force it.",
         )
-    objects.delete(card_key(name, card.version))
-    _delete_folder(version_folder(name, card.version), objects)
     return card
+
+
+def remove(card: ModelCard, objects: ObjectStore) -> None:
+    """Uninstall a version. Jobs that wait for it fail (version_unknown, model_removed), but for
+    those that reach a worker which has it loaded."""
+    objects.delete(card_key(card.name, card.version))
+    _delete_folder(version_folder(card.name, card.version), objects)
 
 
 def _check_file_names(bundle: Bundle) -> None:

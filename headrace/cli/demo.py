@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
+WIDTH = 150
+"""Columns of the table where there is no terminal to fit it to."""
+STAGES = ("waited", "load", "decode", "run", "store")
 
 
 class Input(NamedTuple):
@@ -51,7 +54,7 @@ def demo(
     from producers.client import Client
 
     recipes = _recipes()
-    settings = load_settings(data_dir=data or recipes.cache_folder() / "demo")
+    settings = load_settings(data_dir=data or recipes.cache / "demo")
     _install_models(settings, recipes)
     with _stack(settings, keep=keep), Client(settings=settings) as client:
         wrong = _run(client, recipes.inputs(), json=json)
@@ -66,7 +69,7 @@ class _Recipes(NamedTuple):
 
     bundles: dict[str, Callable[[Path], None]]
     inputs: Callable[[], list[Input]]
-    cache_folder: Callable[[], Path]
+    cache: Path
 
 
 def _recipes() -> _Recipes:
@@ -98,7 +101,7 @@ def _recipes() -> _Recipes:
         "minilm-topics": minilm.build_classifier,
         "whisper-tiny-en": whisper.build,
     }
-    return _Recipes(bundles, inputs, wheels.cache_folder)
+    return _Recipes(bundles, inputs, wheels.cache_folder().parent)
 
 
 def _install_models(settings: Settings, recipes: _Recipes) -> None:
@@ -118,7 +121,7 @@ def _install_models(settings: Settings, recipes: _Recipes) -> None:
     with progress_bar() as bar:
         task = bar.add_task("models", total=2 * len(missing))
         for name in missing:
-            folder = recipes.cache_folder() / "bundles" / name
+            folder = recipes.cache / "bundles" / name
             bar.update(task, description=f"make {name}")
             recipes.bundles[name](folder)
             bar.advance(task)
@@ -130,18 +133,18 @@ def _install_models(settings: Settings, recipes: _Recipes) -> None:
 @contextmanager
 def _stack(settings: Settings, *, keep: bool) -> Iterator[None]:
     """The embedded stack for the length of the block; one that already runs is used and left alone."""
-    from headrace.cli.stack import start_detached, stop
+    from headrace.cli.stack import down, up
     from infra.embedded.record import running_stack
 
     if running_stack(settings):
         yield
         return
-    start_detached(settings)
+    up(data=settings.data_dir, detach=True)
     try:
         yield
     finally:
         if not keep:
-            stop(settings)
+            down(data=settings.data_dir)
 
 
 def _run(client: Client, inputs: list[Input], *, json: bool) -> int:
@@ -151,7 +154,7 @@ def _run(client: Client, inputs: list[Input], *, json: bool) -> int:
     for given in inputs:
         handle = client.submit(given.model, given.payload, tier="standard")
         jobs[handle.id] = (given, handle)
-    table = Table("job", "model", "input", "answer", "waited", "load", "decode", "run", "store")
+    table = Table("job", "model", "input", "answer", *STAGES)
     wrong = 0
     with progress_bar() as bar:
         task = bar.add_task("results", total=len(jobs))
@@ -164,7 +167,7 @@ def _run(client: Client, inputs: list[Input], *, json: bool) -> int:
                 print_json(_document(outcome, given, answer, right), line=True)
             bar.advance(task)
     if not json:
-        output.print(table)
+        output.print(table, width=None if output.is_terminal else WIDTH)
     seconds = time.perf_counter() - began
     console.print(
         f"{len(jobs) - wrong} of {len(jobs)} answers right, {seconds:.2f} s from the first submit; "

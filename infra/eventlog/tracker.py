@@ -83,9 +83,11 @@ class Tracker:
 
     def open_offsets(self) -> Iterator[int]:
         """Received and not complete, ascending."""
-        for offset in range(self._next, self._end):
-            if not self._bits >> (offset - self._next) & 1:
-                yield offset
+        missing = ~self._bits & ((1 << (self._end - self._next)) - 1)
+        while missing:
+            lowest = missing & -missing
+            yield self._next + lowest.bit_length() - 1
+            missing ^= lowest
 
     def accepts(self, offset: int) -> bool:
         """False where the bitmap cannot reach this offset before lower ones complete."""

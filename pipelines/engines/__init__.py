@@ -10,7 +10,7 @@ import msgspec
 
 from pipelines.engines.cache import EngineCache
 from pipelines.engines.engine import Backend, DeviceOutOfMemory, Engine, Profile, TensorSpec
-from pipelines.engines.model_digest import model_digest
+from pipelines.engines.digest import model_digest
 from schemas.errors import InvalidModel, Transient
 from schemas.models import EngineConfig
 

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -134,8 +134,11 @@ def _checked(name: str, factory: Factory, params: dict[str, Any]) -> dict[str, A
             raise ValueError(f"needs the parameter `{missing[0]}`")
         return {key: _converted(key, value, hints.get(key, Any)) for key, value in params.items()}
     except ValueError as error:
-        words = ", ".join(str(parameter) for parameter in takes.values()) or "no parameters"
-        raise InvalidModel("model_step_invalid", f"{name}: {error}; it takes {words}") from error
+        words = [_words(parameter, hints.get(key)) for key, parameter in takes.items()]
+        raise InvalidModel(
+            "model_step_invalid",
+            f"{name}: {error}; it takes {', '.join(words) or 'no parameters'}",
+        ) from error
 
 
 def _converted(key: str, value: object, wanted: Any) -> object:
@@ -143,6 +146,13 @@ def _converted(key: str, value: object, wanted: Any) -> object:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def _words(parameter: inspect.Parameter, wanted: Any) -> str:
+    """As in `filter (nearest | bicubic) = bicubic`."""
+    choices = " | ".join(map(str, get_args(wanted))) if get_origin(wanted) is Literal else ""
+    default = "" if parameter.default is parameter.empty else f" = {parameter.default}"
+    return f"{parameter.name}{choices and f' ({choices})'}{default}"
 
 
 def _hints(factory: Factory) -> dict[str, Any]:

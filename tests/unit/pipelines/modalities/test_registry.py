@@ -63,12 +63,12 @@ def test_steps_are_made_in_the_order_of_the_yaml(make_bundle: MakeBundle) -> Non
 @pytest.mark.parametrize(
     ("step", "words"),
     [
-        ("{resize: {}}", "resize: needs the parameter `size`; it takes size: "),
+        ("{resize: {}}", "resize: needs the parameter `size`; it takes size, filter ("),
         ("{resize: {size: big}}", "size: Expected `int | array`, got `str`; it takes"),
         ("{resize: {size: 0}}", ">= 1"),
-        ("{resize: {size: [8]}}", "length 2"),
-        ("{resize: {size: 8, filter: sharp}}", "Invalid enum value 'sharp'"),
-        ("{resize: {size: 8, mode: fit}}", "has no parameter `mode`; it takes size: "),
+        ("{resize: {size: [8]}}", "length >= 2"),
+        ("{resize: {size: 8, filter: sharp}}", "'sharp'; it takes size, filter (nearest | box | "),
+        ("{resize: {size: 8, mode: fit}}", "has no parameter `mode`; it takes size, filter ("),
         ("{center_crop: {fraction: 1.5}}", "<= 1"),
         ("{to_tensor: {input: x, scale: 0}}", "scale must not be 0"),
         ("{tokenize: {max_tokens: 8}}", "expected `tokenizer: tokenizer.json`"),
@@ -113,7 +113,7 @@ def test_custom_steps_come_by_entry_point(make_bundle: MakeBundle) -> None:
     ("step", "words"),
     [
         ("{counter: {start: soon}}", "Expected `int`, got `str`"),
-        ("{shout: {loud: 3}}", "has no parameter `loud`; it takes mark: "),
+        ("{shout: {loud: 3}}", "has no parameter `loud`; it takes mark = !"),
     ],
 )
 def test_parameters_of_custom_steps_are_checked_too(

@@ -1,0 +1,1 @@
+"""What headrace costs and how fast it is, measured on the embedded stack: `python -m bench`."""

@@ -1,0 +1,84 @@
+"""The models that are measured: a no-op of our own, and the demo's real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from examples.models import efficientnet, minilm
+from examples.models.graph import Graph
+from examples.models.wheels import cache_folder
+from infra.catalogue import Catalogue
+from infra.objects import open_objects
+from infra.settings import Settings
+from pipelines.bundle import Bundle
+from pipelines.engines import load_engine
+from pipelines.engines.cache import EngineCache
+from pipelines.model import LoadedModel
+from pipelines.registry import add
+
+NOOP, IMAGE, TEXT = "noop", "efficientnet-lite0", "minilm-embed"
+
+NOOP_FLOATS = 256
+NOOP_YAML = f"""\
+name: {NOOP}
+version: 1
+modality: tensor
+description: Takes 1 KB, gives its first number back
+engines:
+  main: {{file: model.onnx}}
+preprocess:
+  - from_buffer: {{input: x, dtype: float32, shape: [{NOOP_FLOATS}]}}
+postprocess:
+  - tensor: {{outputs: [first]}}
+batch:
+  max_jobs: 32
+  buckets: [1, 32]
+"""
+
+
+def build_noop(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    g = Graph(NOOP)
+    x = g.input("x", np.float32, ["N", NOOP_FLOATS])
+    axis = [g.constant(np.array([at])) for at in (0, 1, 1)]
+    g.output("first", g.op("Slice", x, *axis), np.float32, ["N", 1])
+    g.save(folder / "model.onnx")
+    (folder / "model.yaml").write_text(NOOP_YAML, "utf-8")
+
+
+def noop_payload(number: int) -> bytes:
+    """1 KB whose answer is this number."""
+    return np.full(NOOP_FLOATS, number, np.float32).tobytes()
+
+
+BUILD = {NOOP: build_noop, IMAGE: efficientnet.build, TEXT: minilm.build_embedder}
+
+
+def install(settings: Settings, names: list[str]) -> None:
+    """Make the bundles that are missing, and add them to the stack's catalogue."""
+    objects = open_objects(settings.objects_address)
+    for name in names:
+        folder = cache_folder().parent / "bundles" / name
+        BUILD[name](folder)
+        add(folder, objects, _cache(settings), budget_bytes=settings.worker.memory_bytes)
+
+
+def load(settings: Settings, name: str) -> LoadedModel:
+    """As a worker loads it: the installed files, one thread an engine, warmed up."""
+    catalogue = Catalogue(open_objects(settings.objects_address))
+    bundle = Bundle.open(catalogue.folder(catalogue.resolve(name)), check_graphs=False)
+    engines = {
+        role: load_engine(
+            bundle.path(config.file), config, bundle.config.batch.buckets, cache=_cache(settings)
+        )
+        for role, config in bundle.config.engines.items()
+    }
+    model = LoadedModel(bundle, engines)
+    model.warm()
+    return model
+
+
+def _cache(settings: Settings) -> EngineCache:
+    return EngineCache(settings.engine_cache_dir, settings.engine_cache_bytes)

@@ -1,0 +1,60 @@
+"""A figure: what was asked, what came, on what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from msgspec import Struct
+
+
+class Asked(Struct, frozen=True):
+    """A bound. aim: the better value that is hoped for, None where there is none."""
+
+    sign: Literal["<=", ">="]
+    value: float
+    aim: float | None = None
+
+    def met_by(self, measured: float) -> bool:
+        return measured <= self.value if self.sign == "<=" else measured >= self.value
+
+
+class Figure(Struct, frozen=True, kw_only=True):
+    """One line of the table. asked: None where a figure is for information. details: for --json."""
+
+    name: str
+    measured: float
+    unit: str = ""
+    asked: Asked | None = None
+    note: str = ""
+    details: dict[str, Any] = {}
+
+    @property
+    def verdict(self) -> Literal["ok", "short", ""]:
+        if self.asked is None:
+            return ""
+        return "ok" if self.asked.met_by(self.measured) else "short"
+
+    def row(self) -> tuple[str, str, str, str, str]:
+        """Name, asked, measured, verdict and note, as text."""
+        return self.name, self._asked(), self._with_unit(self.measured), self.verdict, self.note
+
+    def _asked(self) -> str:
+        if self.asked is None:
+            return ""
+        bound = f"{self.asked.sign} {self._with_unit(self.asked.value)}"
+        return bound if self.asked.aim is None else f"{bound} (aim {rounded(self.asked.aim)})"
+
+    def _with_unit(self, value: float) -> str:
+        return f"{rounded(value)} {self.unit}".rstrip()
+
+
+def rounded(value: float) -> str:
+    """Three digits that count."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def spread(values: Iterable[float]) -> str:
+    return " ".join(map(rounded, values))

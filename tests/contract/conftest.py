@@ -1,0 +1,59 @@
+"""Fixtures of the contract suites: each implementation of a seam is one parameter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from infra.eventlog import Consumer, EventLog, Record
+from infra.eventlog.open import open_log
+
+PATIENCE_S = 20.0
+
+
+@pytest.fixture(params=["sqlite"])
+def log_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of a log that nobody has used. A new implementation joins here."""
+    return {"sqlite": f"sqlite://{tmp_path}/log.db"}[request.param]
+
+
+@pytest.fixture
+def log_factory(log_url: str) -> Iterator[Callable[[], EventLog]]:
+    """Each call opens the same log anew, as another process would."""
+    opened: list[EventLog] = []
+
+    def open_another(on_append: Callable[[], None] | None = None) -> EventLog:
+        opened.append(open_log(log_url, on_append=on_append))
+        return opened[-1]
+
+    yield open_another
+    for log in opened:
+        log.close()
+
+
+@pytest.fixture
+def log(log_factory: Callable[[], EventLog]) -> EventLog:
+    return log_factory()
+
+
+@pytest.fixture
+def take() -> Callable[[Consumer, int], list[Record]]:
+    """Receive so many records, waiting for as long as a log may need to hand them over."""
+
+    def take_from(consumer: Consumer, count: int) -> list[Record]:
+        deadline = time.monotonic() + PATIENCE_S
+        records: list[Record] = []
+        while len(records) < count and time.monotonic() < deadline:
+            records += consumer.receive(count - len(records), 2**30, timeout_s=0.5)
+        assert len(records) == count
+        return records
+
+    return take_from
+
+
+@pytest.fixture
+def nothing_more() -> Callable[[Consumer], bool]:
+    return lambda consumer: consumer.receive(1, 2**30, timeout_s=0.05) == []
