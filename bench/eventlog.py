@@ -1,6 +1,6 @@
 """What one record costs in the embedded log, and how long a writer waits beside another in a tight loop.
 
-    python bench/eventlog.py [--seconds 3] [--synchronous full] [--folder DIR]
+python bench/eventlog.py [--seconds 3] [--synchronous full] [--folder DIR]
 """
 
 from __future__ import annotations

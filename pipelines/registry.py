@@ -94,13 +94,15 @@ def remove(card: ModelCard, objects: ObjectStore) -> None:
 
 
 def _check_file_names(bundle: Bundle) -> None:
-    try:
-        for key in _keys(bundle).values():
+    for name, key in _keys(bundle).items():
+        try:
             check_key(key)
-    except InvalidJob as error:
-        raise InvalidModel(
-            "model_file_name", f"{bundle.folder}: rename a file. {error.message}"
-        ) from error
+        except InvalidJob as error:
+            raise InvalidModel(
+                "model_file_name",
+                f"{name!r} in {bundle.folder} cannot be stored by this name; rename it."
+                f" {error.message}",
+            ) from error
 
 
 def _installed(bundle: Bundle, objects: ObjectStore) -> ModelCard | None:
@@ -129,7 +131,7 @@ def _engines(bundle: Bundle, cache: EngineCache) -> Iterator[dict[str, Engine]]:
                 config,
                 bundle.config.batch.buckets,
                 cache=cache,
-                threads=1,
+                force=True,  # the user asks: what failed a moment ago is tried again
             )
             loaded.callback(engine.close)
             engines[role] = engine

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
-WIDTH = 150
-"""Columns of the table where there is no terminal to fit it to."""
 STAGES = ("waited", "load", "decode", "run", "store")
 
 
@@ -167,7 +165,7 @@ def _run(client: Client, inputs: list[Input], *, json: bool) -> int:
                 print_json(_document(outcome, given, answer, right), line=True)
             bar.advance(task)
     if not json:
-        output.print(table, width=None if output.is_terminal else WIDTH)
+        output.print(table)
     seconds = time.perf_counter() - began
     console.print(
         f"{len(jobs) - wrong} of {len(jobs)} answers right, {seconds:.2f} s from the first submit; "

@@ -19,7 +19,7 @@ R = TypeVar("R")
 console = Console(stderr=True, highlight=False)
 """Messages, progress, questions, errors."""
 
-output = Console(highlight=False)
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 """Data: tables and values that may be piped on. JSON goes through `print_json`."""
 
 FAILED, USER_ERROR, UNAVAILABLE, TIMEOUT, INTERRUPTED = 1, 2, 3, 4, 130
