@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+import psutil
 from msgspec import Struct
 
 from bench.bundles import load
 from bench.machine import cores, cpu_s
 from bench.publisher import Payloads
 from infra.settings import Settings
-
-import psutil
 
 
 class Looped(Struct, frozen=True):
@@ -67,9 +66,7 @@ def plain_loops(
             process.join()
 
 
-def _serve(
-    pipe: Connection, settings: Settings, name: str, payloads: Payloads, batch: int
-) -> None:
+def _serve(pipe: Connection, settings: Settings, name: str, payloads: Payloads, batch: int) -> None:
     model = load(settings, name)
     data = [text.encode() if isinstance(text, str) else text for text in payloads]
     pipe.send("ready")

@@ -33,4 +33,6 @@ def headrace(settings: Settings, *words: str, **environment: str) -> None:
         command, env=os.environ | environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"headrace {' '.join(words)} ended with {done.returncode}: {done.stderr}")
+        raise RuntimeError(
+            f"headrace {' '.join(words)} ended with {done.returncode}: {done.stderr}"
+        )

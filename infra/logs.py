@@ -1,39 +1,45 @@
-"""Structured logs: readable on a terminal, one JSON object a line otherwise. Bind `job`, `batch` and `trace` ids."""
+"""Structured logs: readable on a terminal, one JSON object a line otherwise. Bind `job`, `batch` and `trace` ids.
+
+Loggers go through the standard library, under `headrace`, and leave an application's own structlog
+settings alone. A process of ours says in its `main()` where its logs go; in a library user's process
+they go where the application sends them, by default warnings to stderr.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 import structlog
 
+_SHARED: list[structlog.typing.Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]
+
 
 def configure_logs(process: str, level: str = "info", stream: TextIO | None = None) -> None:
-    """Set up logging for this process, once, in its `main()`. Libraries' own records come out the same way."""
+    """Say where this process's logs go (stderr), once, in its `main()`. Other libraries' come out alike."""
     out = stream or sys.stderr
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer()
         if out.isatty()
         else structlog.processors.JSONRenderer(sort_keys=True)
     )
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.make_filtering_bound_logger(_level(level)),
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=True,
-    )
+
+    def name_process(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        event.setdefault("process", process)
+        return event
+
     handler = logging.StreamHandler(out)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=_SHARED,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                name_process,
                 structlog.processors.format_exc_info,
                 renderer,
             ],
@@ -43,12 +49,20 @@ def configure_logs(process: str, level: str = "info", stream: TextIO | None = No
     root.handlers[:] = [handler]
     root.setLevel(max(_level(level), logging.WARNING) if level != "debug" else logging.DEBUG)
     logging.getLogger("headrace").setLevel(_level(level))
-    structlog.contextvars.bind_contextvars(process=process)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    logger: structlog.stdlib.BoundLogger = structlog.get_logger(f"headrace.{name}")
-    return logger
+    logger = structlog.wrap_logger(
+        logging.getLogger(f"headrace.{name}"),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *_SHARED,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    return cast(structlog.stdlib.BoundLogger, logger)
 
 
 def _level(name: str) -> int:

@@ -72,6 +72,9 @@ def root(
     ] = False,
 ) -> None:
     """Event-driven asynchronous inference: jobs in by an event log, results back exactly once."""
+    from infra.logs import configure_logs
+
+    configure_logs("headrace", "warning")
 
 
 for _name, _entry in COMMANDS.items():

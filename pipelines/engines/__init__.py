@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from pipelines.engines.cache import EngineCache
-from pipelines.engines.engine import Backend, DeviceOutOfMemory, Engine, Profile, TensorSpec
 from pipelines.engines.digest import model_digest
+from pipelines.engines.engine import Backend, DeviceOutOfMemory, Engine, Profile, TensorSpec
 from schemas.errors import InvalidModel, Transient
 from schemas.models import EngineConfig
 

@@ -39,7 +39,8 @@ def model_digest(model: Path, notes: Path) -> str:
     Raises InvalidModel if a file is missing, is no ONNX, or refers outside the model's folder.
     """
     path = notes / f"{hashlib.sha256(str(model.absolute()).encode()).hexdigest()[:32]}.json"
-    if (note := read_json(path, Note)) and _stamps(model, note.stamps) == note.stamps:
+    note = read_json(path, Note)
+    if note and note.stamps and _stamps(model, note.stamps) == note.stamps:
         return note.digest
     started_ns = time.time_ns()
     try:

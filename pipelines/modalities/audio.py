@@ -46,24 +46,26 @@ def decode_audio(
         if not data:
             raise InvalidJob("payload_empty", "Expected a sound file, came 0 bytes.")
         if (came := looks_like(data)) not in _READABLE:
-            raise _unreadable(f"{len(data)} bytes that look like {came}")
+            raise InvalidJob(
+                "audio_unreadable",
+                f"Expected a WAV, FLAC, Ogg or MP3 file, came {len(data)} bytes"
+                f" that look like {came}.",
+            )
         try:
             with soundfile.SoundFile(BytesIO(data)) as file:
                 said_s = max(file.frames / file.samplerate, _wav_header_s(data))
                 _check_header(file, said_s, max_s)
                 sound, file_rate = _read_mono(file, max_s), file.samplerate
         except soundfile.SoundFileError as error:
-            raise _unreadable(f"a damaged one ({error})") from error
+            raise InvalidJob(
+                "audio_damaged", f"Expected a sound file, came a damaged one ({error})."
+            ) from error
         _check_sound(sound, len(sound) / file_rate, said_s, min_s)
         if file_rate != rate:
             sound = soxr.resample(sound, file_rate, rate)
         return np.clip(sound, -1.0, 1.0)
 
     return decode
-
-
-def _unreadable(came: str) -> InvalidJob:
-    return InvalidJob("audio_unreadable", f"Expected a WAV, FLAC, Ogg or MP3 file, came {came}.")
 
 
 def _check_header(file: Any, length_s: float, max_s: float) -> None:

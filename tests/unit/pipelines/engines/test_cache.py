@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from schemas.errors import InvalidModel, Transient
 
 PARTS: dict[str, object] = {"model": "abc", "version": 1}
 CONTENT = b"compiled" * 1000
+RunPython = Callable[..., subprocess.Popen[str]]
 
 
 class Builder:
@@ -179,13 +180,29 @@ def test_threads_racing_for_one_key_build_it_once(cache: EngineCache) -> None:
     assert build.calls == 1
 
 
-def run_python(script: str, *args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, args)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+QUIETLY = """
+import sys, structlog
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+"""
+
+
+@pytest.fixture
+def run_python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a script in a process of its own, which does not outlive the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(script: str, *args: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", QUIETLY + script, *map(str, args)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 RACE = """if True:
@@ -203,20 +220,24 @@ RACE = """if True:
 """
 
 
-def test_processes_racing_for_one_key_build_it_once(cache: EngineCache) -> None:
+def test_processes_racing_for_one_key_build_it_once(
+    cache: EngineCache, run_python: RunPython
+) -> None:
     racers = [run_python(RACE, cache.root) for _ in range(4)]
     first_words = [racer.stdout.readline() for racer in racers if racer.stdout]
     assert sorted(first_words) == ["building\n", *["waits\n"] * 3]
-    for racer, word in zip(racers, first_words, strict=True):
-        rest, _ = racer.communicate("go\n" if word == "building\n" else None, timeout=60)
-        assert rest == f"{len(CONTENT)}\n"
-        assert racer.returncode == 0
+    for racer in racers:  # only the builder reads it
+        assert racer.stdin
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    rests = [racer.communicate(timeout=60)[0] for racer in racers]
+    assert rests == [f"{len(CONTENT)}\n"] * 4
     assert left_in_building(cache) == []
 
 
 @pytest.mark.parametrize("next_parts", [PARTS, {"model": "other"}], ids=["same key", "other key"])
 def test_a_killed_builder_leaves_no_entry_and_the_next_build_cleans_up(
-    cache: EngineCache, next_parts: dict[str, object]
+    cache: EngineCache, run_python: RunPython, next_parts: dict[str, object]
 ) -> None:
     racer = run_python(RACE, cache.root)
     assert racer.stdout
@@ -271,7 +292,7 @@ KILLED_AT_EACH_STEP = """if True:
 """
 
 
-def test_a_builder_killed_at_any_step_does_no_harm(tmp_path: Path) -> None:
+def test_a_builder_killed_at_any_step_does_no_harm(tmp_path: Path, run_python: RunPython) -> None:
     process = run_python(KILLED_AT_EACH_STEP, tmp_path)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0
@@ -424,7 +445,9 @@ LEASE = """if True:
 """
 
 
-def test_a_lease_of_another_process_ends_with_it(small_cache: EngineCache) -> None:
+def test_a_lease_of_another_process_ends_with_it(
+    small_cache: EngineCache, run_python: RunPython
+) -> None:
     small_cache.get_or_build(parts("a"), Builder()).release()
     holder = run_python(LEASE, small_cache.root)
     assert holder.stdout

@@ -115,9 +115,10 @@ def test_a_model_that_changes_while_it_is_compiled_is_not_kept(
         classifier(seed=1)
         compile_(self, *args)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patched, pytest.raises(Transient) as refused:
+    with monkeypatch.context() as patched:
         patched.setattr(OnnxRuntime, "compile", overtaken)
-        load(model, cache)
+        with pytest.raises(Transient) as refused:
+            load(model, cache)
     assert refused.value.code == "model_changed"
     assert not list((cache.root / "objects").glob("*/*"))
     load(model, cache)
@@ -137,7 +138,8 @@ def test_a_damaged_engine_is_rebuilt(
 
 
 FULL_DISK = """if True:
-    import json, pathlib, resource, sys
+    import json, pathlib, resource, sys, structlog
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     from pipelines.engines import EngineCache, load_engine
     from schemas.errors import Transient
     from schemas.models import EngineConfig
@@ -181,7 +183,7 @@ OUT_OF_MEMORY = """if True:
     cache, config = EngineCache(root, max_bytes=1 << 30), EngineConfig(file="model.onnx")
     load_engine(model, config, (1,), cache=cache).close()
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
     try:
         load_engine(model, config, (1,), cache=cache)
     except DeviceOutOfMemory as error:

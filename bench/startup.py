@@ -1,0 +1,70 @@
+"""How soon a worker works after its process began: ready, and with its first result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import NamedTuple
+
+import psutil
+
+from bench.bundles import IMAGE, NOOP, TEXT, noop_payload
+from bench.figures import Figure, spread
+from bench.machine import stack_processes
+from bench.stack import running
+from infra.embedded import ready_file
+from infra.embedded.record import running_stack
+from infra.settings import Settings
+from producers.client import Client
+
+WORKER = "worker-0"
+BETWEEN_S = 3.0
+"""Longer than the supervisor takes to believe that a worker is well, or it waits before the next start."""
+
+
+class Start(NamedTuple):
+    """Seconds since the process began."""
+
+    ready_s: float
+    first_result_s: float
+
+
+def measure(quick: bool) -> Iterator[Figure]:
+    with running(NOOP, IMAGE, TEXT) as settings, Client(settings=settings) as client:
+        state = running_stack(settings)
+        assert state is not None
+        starts = []
+        for _ in range(2 if quick else 5):
+            time.sleep(BETWEEN_S)
+            starts.append(restart(settings, client))
+    models = f"{IMAGE}, {TEXT} and a no-op, from the engine cache"
+    yield Figure(
+        name="worker start: process to ready",
+        measured=median(start.ready_s for start in starts),
+        unit="s",
+        note=f"{models}; {spread(start.ready_s for start in starts)}",
+    )
+    yield Figure(
+        name="worker start: process to first result",
+        measured=median(start.first_result_s for start in starts),
+        unit="s",
+        note=f"of a job that waited for it; {spread(start.first_result_s for start in starts)}",
+    )
+    yield Figure(
+        name="stack start: `headrace up` to ready",
+        measured=state.ready_s or 0.0,
+        unit="s",
+        note=f"Redis, dispatcher, worker with {models}",
+    )
+
+
+def restart(settings: Settings, client: Client) -> Start:
+    """Kill the worker with a job coming in; the supervisor starts another."""
+    killed = stack_processes(settings)[WORKER]
+    killed.kill()
+    psutil.wait_procs([killed])
+    client.submit(NOOP, noop_payload(1)).result()
+    answered = time.time()
+    began = stack_processes(settings)[WORKER].create_time()
+    return Start(ready_file(settings, WORKER).stat().st_mtime - began, answered - began)
