@@ -26,20 +26,19 @@ class Ended(NamedTuple):
 class JobView:
     """Every method raises Transient (redis_unavailable) when Redis does not answer."""
 
-    def __init__(self, redis: Redis, ttl_s: int) -> None:
+    def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._ttl_s = ttl_s
 
-    def running(self, values: dict[str, bytes]) -> None:
+    def running(self, values: dict[str, bytes], ttl_s: int) -> None:
         """Show jobs that went to a worker; keyed by job id."""
         with redis_errors():
             pipe = self._redis.pipeline(transaction=False)
             for job_id, value in values.items():
-                pipe.set(_key(job_id), value, ex=self._ttl_s)
+                pipe.set(_key(job_id), value, ex=ttl_s)
             pipe.execute()
 
-    def ended(self, jobs: Sequence[Ended], complete_to: float | None) -> bool:
-        """Show outcomes, tell the clients that wait.
+    def ended(self, jobs: Sequence[Ended], ttl_s: int, complete_to: float | None) -> bool:
+        """Show outcomes for ttl_s, tell the clients that wait.
 
         complete_to: time up to which the view now holds every outcome; None leaves that open.
         Returns False if the view has lost its memory since that was last said: rebuild it.
@@ -48,7 +47,7 @@ class JobView:
         with redis_errors():
             pipe = self._redis.pipeline(transaction=False)
             for job in jobs:
-                pipe.set(_key(job.job_id), job.value, ex=self._ttl_s)
+                pipe.set(_key(job.job_id), job.value, ex=ttl_s)
                 if job.reply_to:
                     notices[job.reply_to].append(job.job_id)
             for client, job_ids in notices.items():
@@ -58,13 +57,13 @@ class JobView:
             answers = as_any(pipe.execute())
         return complete_to is None or answers[-1] is not None
 
-    def restore(self, values: Sequence[tuple[str, bytes]]) -> None:
+    def restore(self, values: Sequence[tuple[str, bytes]], ttl_s: int) -> None:
         """Write outcomes again as they stand in the results topic, over whatever is there."""
         if values:
             with redis_errors():
                 pipe = self._redis.pipeline(transaction=False)
                 for job_id, value in values:
-                    pipe.set(_key(job_id), value, ex=self._ttl_s)
+                    pipe.set(_key(job_id), value, ex=ttl_s)
                 pipe.execute()
 
     def complete_to(self) -> float | None:

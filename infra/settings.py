@@ -29,13 +29,13 @@ class Section(BaseModel):
 
 
 class DispatcherSettings(Section):
-    """window: most open jobs per topic. lease_s: how long a batch may go without a sign of life from its worker.
+    """window: most open jobs per topic. window_bytes, batch_bytes: most payload bytes in memory, in a batch. lease_s: how long a batch may go without a sign of life from its worker.
     dedupe_window_s, dedupe_jobs: how long and how many idempotency keys are remembered."""
 
     slot: int = Field(default=0, ge=0)
     window: int = Field(default=4096, ge=1, le=16384)
     window_bytes: int = Field(default=64 * 1024 * 1024, ge=1024 * 1024)
-    batch_bytes: int = Field(default=8 * 1024 * 1024, ge=64 * 1024)
+    batch_bytes: int = Field(default=64 * 1024 * 1024, ge=64 * 1024)
     lease_s: float = Field(default=10, ge=1, le=600)
     retry_base_s: float = Field(default=0.5, gt=0)
     retry_cap_s: float = Field(default=60, gt=0)
@@ -54,7 +54,6 @@ class WorkerSettings(Section):
     memory_bytes: int = Field(default=4 * 1024**3, ge=64 * 1024**2)
     models: list[str] = []
     drain_s: float = Field(default=30, ge=0)
-    payload_bytes: int = Field(default=512 * 1024 * 1024, ge=1024 * 1024)
 
 
 class StackSettings(Section):
@@ -77,7 +76,8 @@ class Settings(BaseSettings):
     redis_url: SecretStr = SecretStr("")
     tenant: str = "default"
     log_level: str = "info"
-    view_ttl_s: int = Field(default=3600, ge=1)
+    view_ttl_s: int = Field(default=3600, ge=60)
+    view_jobs: int = Field(default=500_000, ge=1000)
     engine_cache_bytes: int = Field(default=8 * 1024**3, ge=1024**2)
     dispatcher: DispatcherSettings = DispatcherSettings()
     worker: WorkerSettings = WorkerSettings()

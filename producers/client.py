@@ -26,6 +26,7 @@ from infra.redis_client import Redis, connect_redis
 from infra.settings import Settings, load_settings
 from producers.job_search import find_job
 from producers.payloads import make_payload
+from producers.waiting import Waiter
 from schemas.admission import check_deadline, check_limits
 from schemas.errors import InvalidJob, JobFailed, Transient
 from schemas.jobs import (
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from producers.payloads import Submittable
 
 APPEND_MOST = 500
-LOOK_EVERY_S = 1.0
-LOOK_AT_ONCE = 1000
 WAIT_S = 300.0
 
 
@@ -89,11 +88,14 @@ class JobHandle:
     fingerprint: str | None = None
 
     def result(self, timeout_s: float = WAIT_S) -> Result:
-        """Wait for the result. Raises JobFailed, TimeoutError, and Transient while Redis is away."""
+        """Wait for the result. Raises JobFailed and what `wait` raises."""
         return self.client.result_of(self.wait(timeout_s))
 
     def wait(self, timeout_s: float = WAIT_S) -> Outcome:
-        """Wait until the job has ended, however it did. Raises TimeoutError and what `result` raises."""
+        """Wait until the job has ended, however it did.
+
+        Raises TimeoutError, Transient when Redis stays away, and InvalidJob (idempotency_conflict).
+        """
         return next(self.client.outcomes([self], timeout_s))
 
     def status(self) -> Outcome:
@@ -195,27 +197,11 @@ class Client:
     def outcomes(
         self, jobs: Iterable[JobHandle | str], timeout_s: float = WAIT_S
     ) -> Iterator[Outcome]:
-        """Each job's outcome as it ends, in that order. Raises TimeoutError naming how many are left."""
-        waiting = {h.id: h for h in map(self._as_handle, jobs)}
-        deadline = time.monotonic() + timeout_s
-        notices = self._my_notices()
-        look = list(waiting)
-        look_at = time.monotonic() + LOOK_EVERY_S
-        while waiting:
-            for outcome in self._ended(look):
-                if handle := waiting.pop(outcome.job_id, None):
-                    yield _checked(outcome, handle)
-            if not waiting:
-                return
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError(
-                    f"{len(waiting)} jobs had not ended after {timeout_s:g} s; they go on. "
-                    "See `headrace jobs explain`."
-                )
-            look = [id_ for id_ in notices.wait(min(left_s, LOOK_EVERY_S)) if id_ in waiting]
-            if time.monotonic() >= look_at:
-                look, look_at = list(waiting), time.monotonic() + LOOK_EVERY_S
+        """Each job's outcome as it ends, in that order. Raises as `JobHandle.wait`."""
+        handles = {handle.id: handle for handle in map(self._as_handle, jobs)}
+        waiter = Waiter(self._view, self.log, self._my_notices)
+        for outcome in waiter.ended(handles, timeout_s):
+            yield _checked(outcome, handles[outcome.job_id])
 
     def result_of(self, outcome: Outcome) -> Result:
         """The result of an outcome, fetched if it is an object. Raises JobFailed if there is none."""
@@ -280,7 +266,7 @@ class Client:
 
     @cached_property
     def _view(self) -> JobView:
-        return JobView(self._redis, self.settings.view_ttl_s)
+        return JobView(self._redis)
 
     @cached_property
     def log(self) -> EventLog:
@@ -359,12 +345,6 @@ class Client:
 
     def _as_handle(self, job: JobHandle | str) -> JobHandle:
         return JobHandle(_check_id(job), self) if isinstance(job, str) else job
-
-    def _ended(self, job_ids: Sequence[str]) -> Iterator[Outcome]:
-        for start in range(0, len(job_ids), LOOK_AT_ONCE):
-            for outcome in self._view.get(job_ids[start : start + LOOK_AT_ONCE]):
-                if outcome is not None and outcome.ended:
-                    yield outcome
 
 
 def _checked(outcome: Outcome, handle: JobHandle) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 from infra.eventlog import EventLog, Record
 from schemas.errors import InvalidJob
@@ -15,21 +15,22 @@ from schemas.topics import JOB_TOPICS, RESULTS, TOPIC_BY_NAME
 CLOCK_MARGIN_S = 2.0
 
 
+def find_ended(log: EventLog, job_ids: Collection[str]) -> Iterator[Outcome]:
+    """The outcomes, so far, of these jobs. One pass over the results since the oldest of them."""
+    since = min(map(_since, job_ids))
+    for record in log.read([RESULTS], since):
+        if record.key in job_ids:
+            yield decode_outcome(record.value)
+
+
 def find_job(log: EventLog, job_id: str) -> Outcome | None:
     """The job's outcome, or its state as queued; None if the log does not hold it (any more).
 
     Reads on from the time in the id; an id without one (of an idempotency key) means reading everything.
     """
-    made_at = submitted_near(job_id)
-    since = (
-        time.time() - TOPIC_BY_NAME[RESULTS].retention_s
-        if made_at is None
-        else made_at - CLOCK_MARGIN_S
-    )
-    for record in log.read([RESULTS], since):
-        if record.key == job_id:
-            return decode_outcome(record.value)
-    for record in log.read(JOB_TOPICS, since):
+    for outcome in find_ended(log, {job_id}):
+        return outcome
+    for record in log.read(JOB_TOPICS, _since(job_id)):
         if record.key == job_id:
             return _queued(record)
     return None
@@ -51,6 +52,14 @@ def recent_jobs(
             push = heapq.heappush if len(newest) < limit else heapq.heappushpop
             push(newest, (outcome.submitted_at, outcome.job_id, outcome))
     return [outcome for _, _, outcome in sorted(newest, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _since(job_id: str) -> float:
+    """A time before which there is nothing about this job in the log."""
+    made_at = submitted_near(job_id)
+    if made_at is None:
+        return time.time() - TOPIC_BY_NAME[RESULTS].retention_s
+    return made_at - CLOCK_MARGIN_S
 
 
 def _queued(record: Record) -> Outcome | None:

@@ -9,6 +9,9 @@ from msgspec import Struct
 INLINE_LIMIT_BYTES = 32 * 1024
 """Larger payloads go to the object store before the job is appended."""
 
+TENANTS = "tenants"
+"""Folder of everything in the object store that belongs to a tenant."""
+
 RESULT_INLINE_LIMIT_BYTES = 8 * 1024
 """Larger results become objects."""
 
@@ -54,4 +57,4 @@ def belongs_to(tenant: str, key: str) -> bool:
 
 
 def _prefix(tenant: str) -> str:
-    return f"tenants/{tenant}/"
+    return f"{TENANTS}/{tenant}/"

@@ -112,7 +112,7 @@ def _print_event(event: Event) -> None:
                 style="dim",
             )
         elif event.kind == "stopping":
-            console.print("stopping; once more Ctrl-C ends it at once")
+            console.print("stopping; Ctrl-C again ends it at once")
     elif event.kind != "started":
         after = f" {event.seconds:.1f} s" if event.kind == "ready" else ""
         style = {"ready": "green", "stopped": "dim"}.get(event.kind, "yellow")

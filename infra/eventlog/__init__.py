@@ -96,5 +96,5 @@ class EventLog(Protocol):
     def close(self) -> None: ...
 
 
-class Fenced(Exception):  # noqa: N818 - a state of ownership, not a failure of the log
+class Fenced(Exception):
     """Another member took over the group: this one must stop and start anew."""

@@ -37,12 +37,17 @@ def sigmoid(bundle: Bundle, output: str) -> Callable[[Row], Scores]:
 
 @postprocess_step("top_k")
 def top_k(
-    bundle: Bundle, k: Annotated[int, Meta(ge=1)] = 5
-) -> Callable[[NDArray[np.floating[Any]]], Answer]:
-    """Probabilities [classes] to a classification by the bundle's labels, or numbers without."""
+    bundle: Bundle, k: Annotated[int, Meta(ge=1)] = 5, output: str = "probabilities"
+) -> Callable[[Scores | Row], Answer]:
+    """Probabilities [classes] to a classification by the bundle's labels, or numbers without.
+    output: where the graph itself makes the probabilities."""
     labels = bundle.labels
 
-    def classify(probabilities: Scores) -> Answer:
+    def classify(value: Scores | Row) -> Answer:
+        if isinstance(value, dict):
+            probabilities = output_vector(value, output)
+        else:
+            probabilities = value
         width = len(probabilities)
         if labels and len(labels) != width:
             raise InferenceFailed(

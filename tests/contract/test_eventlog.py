@@ -186,6 +186,18 @@ def test_completing_what_was_never_received_writes_nothing(log: EventLog, take: 
     assert other.lag()[A].open == 2
 
 
+def test_a_completion_that_failed_leaves_its_records_open(log_factory: Open, take: Take) -> None:
+    log = log_factory()
+    log.append(new(A, *range(4)))
+    consumer = log.consumer("g", [A])
+    records = take(consumer, 2)
+    [unseen] = take(log.consumer("another group", [A]), 4)[3:]
+    with pytest.raises(ValueError, match="never received"):
+        consumer.complete([records[0].position, unseen.position])
+    consumer.complete([records[1].position])
+    assert keys(take(log_factory().consumer("g", [A]), 3)) == ["0", "2", "3"]
+
+
 def test_a_paused_topic_gives_nothing_until_resumed(
     log: EventLog, take: Take, nothing_more: NothingMore
 ) -> None:

@@ -49,5 +49,8 @@ def stack(
 
 
 @pytest.fixture
-def client(stack: Stack) -> Client:
-    return stack.client()
+def client(stack: Stack) -> Iterator[Client]:
+    from headrace import Client
+
+    with Client(data_dir=stack.data) as client:
+        yield client

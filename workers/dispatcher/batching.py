@@ -111,7 +111,7 @@ class Batcher:
         most = 1 if alone else heap[0][2].card.batch.max_jobs
         while len(batch) < most and self._settle(heap):
             job = heap[0][2]
-            room -= len(job.job.payload.data or b"")
+            room -= job.job.payload.size_bytes
             if batch and room < 0:
                 break
             heapq.heappop(heap)

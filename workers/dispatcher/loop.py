@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable
 
 from infra.fleet import Fleet, Seat, SlotToken, new_batch_id
-from infra.job_view import JobView
 from infra.logs import get_logger
 from infra.tasks import Mailboxes
 from schemas.batches import Batch, BatchItem
 from schemas.errors import Transient
 from schemas.jobs import Job
-from schemas.results import encode_outcome, outcome_of
 from schemas.topics import LANES, LIVE_LANES
 from workers.dispatcher.batching import Batcher
 from workers.dispatcher.intake import Intake
@@ -41,7 +39,6 @@ class Dispatcher:
         lease_s: float,
         fleet: Fleet,
         mailboxes: Mailboxes,
-        view: JobView,
         view_writer: ViewWriter,
         intake: Intake,
         batcher: Batcher,
@@ -55,7 +52,6 @@ class Dispatcher:
         self.lease_s = lease_s
         self.fleet = fleet
         self.mailboxes = mailboxes
-        self.view = view
         self.view_writer = view_writer
         self.intake = intake
         self.batcher = batcher
@@ -125,15 +121,13 @@ class Dispatcher:
         try:
             self.fleet.lease(batch)
             self.mailboxes.send(token.worker, batch.id, token.packed())
-            self.view.running(
-                {job.job.id: encode_outcome(outcome_of(job.job, "running")) for job in jobs}
-            )
         except Transient:
             self.batcher.add(jobs)
             raise
         for job in jobs:
             job.dispatches += 1
         self.leases.grant(batch.id, token.worker, jobs, self.monotonic())
+        self.view_writer.running([job.job for job in jobs])
         logger.debug("batch_sent", batch=batch.id, worker=token.worker, jobs=len(jobs))
 
     def _batch(self, jobs: list[OpenJob]) -> Batch:

@@ -8,11 +8,10 @@ import threading
 import time
 from types import FrameType
 
-from infra.eventlog.open import open_log
-
 from infra.catalogue import Catalogue
 from infra.embedded import announce_ready
 from infra.eventlog import EventLog, Fenced
+from infra.eventlog.open import open_log
 from infra.fleet import DispatcherBeat, Fleet, LaneSnapshot
 from infra.job_view import JobView
 from infra.logs import configure_logs, get_logger
@@ -26,16 +25,16 @@ from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
 from workers.dispatcher.fairness import LaneClock
 from workers.dispatcher.intake import TOPICS, Intake
+from workers.dispatcher.janitor import Janitor
 from workers.dispatcher.leases import Leases
 from workers.dispatcher.loop import Dispatcher
 from workers.dispatcher.memory import JobMemory
 from workers.dispatcher.outcomes import Outcomes, RetryPolicy
 from workers.dispatcher.settle import Settlement
-from workers.dispatcher.view_writer import ViewWriter
+from workers.dispatcher.view_writer import ViewTtl, ViewWriter
 
 GROUP = "dispatcher"
 BEAT_EVERY_S = 1.0
-TRIM_EVERY_S = 60.0
 TROUBLE_PAUSE_S = 0.2
 DRAIN_S = 10.0
 EXIT_FENCED = 75
@@ -76,8 +75,8 @@ class Process:
         self.consumer = log.consumer(GROUP, TOPICS, window=options.window)
         self.batcher = Batcher(LaneClock(), options.batch_bytes)
         self.leases = Leases(options.lease_s)
-        view = JobView(redis, settings.view_ttl_s)
-        view_writer = ViewWriter(view, log, settings.view_ttl_s)
+        view = JobView(redis)
+        view_writer = ViewWriter(view, log, ViewTtl(settings.view_ttl_s, settings.view_jobs))
         self.outcomes = Outcomes(
             self.consumer,
             self.memory,
@@ -85,7 +84,9 @@ class Process:
             RetryPolicy(options.retry_base_s, options.retry_cap_s),
         )
         self.settlement = Settlement(self.leases, self.memory, self.batcher, self.outcomes)
-        catalogue = Catalogue(open_objects(settings.objects_address))
+        objects = open_objects(settings.objects_address)
+        catalogue = Catalogue(objects)
+        self.janitor = Janitor(log, objects)
         admitter = Admitter(catalogue.resolve, self.memory, options.max_deadline_s)
         self.intake = Intake(
             self.consumer,
@@ -100,7 +101,6 @@ class Process:
             lease_s=options.lease_s,
             fleet=self.fleet,
             mailboxes=Mailboxes(make_app(settings)),
-            view=view,
             view_writer=view_writer,
             intake=self.intake,
             batcher=self.batcher,
@@ -111,9 +111,9 @@ class Process:
         self.started_at = time.time()
         self.trouble: str | None = None
         self._beat_at = 0.0
-        self._trim_at = time.monotonic() + TRIM_EVERY_S
 
     def run(self, stop: threading.Event) -> int:
+        threading.Thread(target=self.janitor.run, args=(stop,), name="janitor", daemon=True).start()
         try:
             while not stop.is_set():
                 self.guarded_step(draining=False)
@@ -151,12 +151,6 @@ class Process:
                 self.fleet.show_dispatcher(self.beat())
             except Transient:
                 return
-        if now >= self._trim_at:
-            self._trim_at = now + TRIM_EVERY_S
-            try:
-                self.log.trim({name: topic.retention_s for name, topic in TOPIC_BY_NAME.items()})
-            except Transient as error:
-                logger.warning("trim_failed", error=error.message)
 
     def beat(self) -> DispatcherBeat:
         now = time.time()

@@ -9,34 +9,69 @@ from infra.eventlog import EventLog, Record
 from infra.job_view import Ended, JobView
 from infra.logs import get_logger
 from schemas.errors import Transient
+from schemas.jobs import Job
+from schemas.results import encode_outcome, outcome_of
 from schemas.topics import RESULTS
 
 REBUILD_CHUNK = 500
 MARGIN_S = 2.0
+RATE_WINDOW_S = 10.0
+SHORTEST_S = 60
 
 logger = get_logger("dispatcher.view")
+
+
+class ViewTtl:
+    """How long an outcome is shown: longest_s, or less while jobs end so fast that more than most_jobs
+    would gather in Redis. The log answers for those that are no longer shown."""
+
+    def __init__(self, longest_s: int, most_jobs: int) -> None:
+        self.longest_s = longest_s
+        self.seconds = longest_s
+        self._most_jobs = most_jobs
+        self._counted = 0
+        self._since = 0.0
+
+    def count(self, ended: int, now: float) -> None:
+        if now - self._since >= RATE_WINDOW_S:
+            rate = self._counted / (now - self._since)
+            fits_s = self._most_jobs / rate if rate else self.longest_s
+            self.seconds = int(min(self.longest_s, max(SHORTEST_S, fits_s)))
+            self._counted, self._since = 0, now
+        self._counted += ended
 
 
 class ViewWriter:
     """Never raises for Redis: outcomes are safe in the log, and the view catches up when it is back."""
 
-    def __init__(self, view: JobView, log: EventLog, ttl_s: int) -> None:
+    def __init__(self, view: JobView, log: EventLog, ttl: ViewTtl) -> None:
         self._view = view
         self._log = log
-        self._ttl_s = ttl_s
+        self._ttl = ttl
         self._replay: Iterator[Record] | None = None
         self._replay_from = 0.0
         self.behind = True
 
     def show(self, ended: Sequence[Ended], now: float) -> None:
         """Show outcomes that the log already has."""
+        self._ttl.count(len(ended), now)
         try:
-            remembers = self._view.ended(ended, None if self.behind else now)
+            remembers = self._view.ended(ended, self._ttl.seconds, None if self.behind else now)
         except Transient:
             self._fall_behind()
             return
         if not remembers:
             logger.warning("view_lost", action="rebuild from the results topic")
+            self._fall_behind()
+
+    def running(self, jobs: Sequence[Job]) -> None:
+        """Show jobs as being with a worker."""
+        try:
+            self._view.running(
+                {job.id: encode_outcome(outcome_of(job, "running")) for job in jobs},
+                self._ttl.seconds,
+            )
+        except Transient:
             self._fall_behind()
 
     def catch_up(self, now: float) -> None:
@@ -56,16 +91,16 @@ class ViewWriter:
 
     def _begin(self, now: float) -> None:
         since = self._view.complete_to()
-        since = now - self._ttl_s if since is None else since - MARGIN_S
-        self._view.ended((), since)
+        since = now - self._ttl.longest_s if since is None else since - MARGIN_S
+        self._view.ended((), 1, since)
         self._replay_from = now
         self._replay = self._log.read([RESULTS], since)
 
     def _step(self) -> None:
         assert self._replay is not None
         records = list(islice(self._replay, REBUILD_CHUNK))
-        self._view.restore([(record.key, record.value) for record in records])
+        self._view.restore([(record.key, record.value) for record in records], self._ttl.seconds)
         if len(records) < REBUILD_CHUNK:
             self._replay = None
             # The mark that _begin set must still stand, or Redis was emptied once more meanwhile.
-            self.behind = not self._view.ended((), self._replay_from)
+            self.behind = not self._view.ended((), 1, self._replay_from)

@@ -9,18 +9,19 @@ from typing import Any
 
 import psutil
 from celery import signals
-from pipelines.engines.cache import EngineCache
 
 from infra.catalogue import Catalogue
 from infra.embedded import announce_ready
 from infra.fleet import Fleet, WorkerBeat
 from infra.logs import configure_logs, get_logger
+from infra.machine import available_cpus
 from infra.objects import open_objects
 from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import mailbox, make_app
 from pipelines.bundle import Bundle
 from pipelines.engines import load_engine
+from pipelines.engines.cache import EngineCache
 from pipelines.model import LoadedModel
 from schemas.errors import PipelineError, Transient
 from workers.inference.hand import Hand
@@ -50,7 +51,7 @@ class Worker:
         self.objects = open_objects(settings.objects_address)
         self.catalogue = Catalogue(self.objects)
         self.cache = EngineCache(settings.engine_cache_dir, settings.engine_cache_bytes)
-        executors = options.executors or len(os.sched_getaffinity(0))
+        executors = options.executors or available_cpus()
         self.hand = Hand(options.name, options.slots)
         self.residency = Residency(self.load, options.memory_bytes)
         self.runner = BatchRunner(

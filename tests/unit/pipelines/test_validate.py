@@ -52,7 +52,8 @@ def test_another_input_shape_is_refused_with_both(
     [
         (CLASSIFY, "[a, b]", "each of 2 labels, came 3"),
         ("[{softmax: {output: logits}}, top_k]", "[a, b, c]", "an output 'logits', came y"),
-        ("[top_k]", "[a, b, c]", "a step raised"),
+        ("[top_k]", "[a, b, c]", "an output 'probabilities', came y"),
+        ("[{top_k: {output: y}}, softmax: {output: y}]", "[a, b, c]", "an output 'y', came"),
         ("[{embedding: {output: z}}]", "[a, b, c]", "an output 'z', came y"),
     ],
 )

@@ -32,6 +32,10 @@ def test_softmax_and_top_k_make_a_classification(bundle: Bundle) -> None:
     }
 
 
+def test_probabilities_that_the_graph_makes_are_taken_by_name(bundle: Bundle) -> None:
+    assert top_k(bundle, output="p")({"p": np.array([0.1, 0.7, 0.2])})["label"] == "dog"
+
+
 def test_confidence_is_the_margin_even_of_one_label(bundle: Bundle) -> None:
     answer = top_k(bundle, k=1)(np.array([0.5, 0.4, 0.1]))
     assert answer["confidence"] == pytest.approx(0.1)
