@@ -16,6 +16,7 @@ from bench.stack import running
 from infra.settings import Settings
 from producers.client import Client
 
+GROUP, TOPIC = "dispatcher", "jobs.tensor.standard"
 FEW = 1_000
 STEADY_S = 1.0
 MIB = 2**20
@@ -51,7 +52,10 @@ def queue(settings: Settings, many: int) -> tuple[dict[str, int], dict[str, int]
             submit(client, payloads, FEW)
             few_bytes = rss_bytes(processes)
             submit(client, payloads, many - FEW)
-            return few_bytes, rss_bytes(processes)
+            many_bytes = rss_bytes(processes)
+            queued = client.log.lag(GROUP, [TOPIC])[TOPIC].open
+            assert queued >= many, f"expected {many} jobs in the queue, there are {queued}"
+            return few_bytes, many_bytes
         finally:
             processes["worker-0"].resume()
 

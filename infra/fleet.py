@@ -143,7 +143,7 @@ class Fleet:
         return [decode_completion(value) for value in raw]
 
     def take_slot(self, seats: Sequence[Seat]) -> SlotToken | None:
-        """A slot of a living worker, the first seat preferred; None when there is none. Bounded by the slots there are."""
+        """A slot of a living worker, the first seat preferred; None when there is none."""
         with redis_errors():
             for seat in seats:
                 while (raw := as_any(self._redis.lpop(slots_key(seat)))) is not None:

@@ -29,8 +29,10 @@ class Section(BaseModel):
 
 
 class DispatcherSettings(Section):
-    """window: most open jobs per topic. window_bytes, batch_bytes: most payload bytes in memory, in a batch. lease_s: how long a batch may go without a sign of life from its worker.
-    dedupe_window_s, dedupe_jobs: how long and how many idempotency keys are remembered."""
+    """window: most open jobs per topic. window_bytes: most payload bytes in memory.
+    batch_bytes: most payload bytes of a batch. lease_s: how long a batch may go without a sign of
+    life from its worker. dedupe_window_s, dedupe_jobs: how long and how many idempotency keys are
+    remembered."""
 
     slot: int = Field(default=0, ge=0)
     window: int = Field(default=4096, ge=1, le=16384)

@@ -7,21 +7,27 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from headrace import __version__
 from headrace.cli.options import Data, settings_for
 from headrace.cli.output import console, handle_errors
-
-if TYPE_CHECKING:
-    from infra.embedded.supervisor import Event
-    from infra.settings import Settings
-    from schemas.errors import PipelineError
+from infra.embedded import child_log
+from infra.embedded.processes import start_of
+from infra.embedded.record import held, recorded_stack, running_stack, stack_running
+from infra.embedded.stack import end_orphans, python_command, python_environment, run_stack
+from infra.embedded.supervisor import Event
+from infra.logs import configure_logs, get_logger
+from infra.settings import Settings
+from schemas.errors import PipelineError, Transient
 
 POLL_S = 0.05
+STOP_PATIENCES = 4
+"""Three stages of children may use up their time to stop, and some for the rest."""
 TAIL_LINES = 15
 
 
@@ -39,8 +45,6 @@ def up(
     ] = 300,
 ) -> None:
     """Start the embedded stack: Redis, dispatcher and workers, on one data folder."""
-    from infra.embedded.stack import run_stack
-
     chosen = {"stack": {"workers": workers}} if workers else {}
     settings = settings_for(data, **chosen)
     if detach:
@@ -52,11 +56,6 @@ def up(
 @handle_errors
 def down(data: Data = None) -> None:
     """Stop the embedded stack: what runs is finished, what waits stays in the log."""
-    from infra.embedded.processes import start_of
-    from infra.embedded.record import held, recorded_stack, running_stack
-    from infra.embedded.stack import end_orphans
-    from schemas.errors import Transient
-
     settings = settings_for(data)
     state = running_stack(settings)
     if state is None:
@@ -65,9 +64,9 @@ def down(data: Data = None) -> None:
                 end_orphans(settings, _print_event)
         console.print(f"No stack is running on {settings.data_dir}.", markup=False)
         return
-    os.kill(state.pid, signal.SIGTERM)
-    stages = 3
-    deadline = time.monotonic() + stages * settings.stack.stop_s + 5
+    with suppress(ProcessLookupError):
+        os.kill(state.pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_PATIENCES * settings.stack.stop_s
     with console.status("stopping"):
         while start_of(state.pid) == state.start:
             if time.monotonic() > deadline:
@@ -80,9 +79,6 @@ def down(data: Data = None) -> None:
 
 def _reporter(settings: Settings) -> Callable[[Event], None]:
     """On a terminal: lines for people, and the log in its file. Elsewhere stderr is the log."""
-    from infra.embedded import child_log
-    from infra.logs import configure_logs, get_logger
-
     log = get_logger("stack")
     if console.is_terminal:
         file = child_log(settings, "stack")
@@ -120,10 +116,6 @@ def _print_event(event: Event) -> None:
 
 
 def _start_detached(settings: Settings, patience_s: float) -> None:
-    from infra.embedded import child_log
-    from infra.embedded.record import running_stack, stack_running
-    from infra.embedded.stack import python_command, python_environment
-
     if state := running_stack(settings):
         raise stack_running(settings, state.pid)
     log = child_log(settings, "stack")
@@ -141,15 +133,14 @@ def _start_detached(settings: Settings, patience_s: float) -> None:
         ready_s = _wait_ready(settings, process, patience_s)
     except BaseException:
         process.terminate()
-        process.wait()
+        with console.status("stopping"):
+            process.wait()
         raise
     console.print(f"ready in {ready_s:.1f} s (pid {process.pid}); `headrace down` stops it")
 
 
 def _wait_ready(settings: Settings, process: subprocess.Popen[bytes], patience_s: float) -> float:
     """Returns how long the stack took. Raises PipelineError (stack_failed), its log printed."""
-    from infra.embedded.record import running_stack
-
     deadline = time.monotonic() + patience_s
     with console.status("starting") as spinner:
         while True:
@@ -169,9 +160,6 @@ def _wait_ready(settings: Settings, process: subprocess.Popen[bytes], patience_s
 
 def _not_ready(settings: Settings, names: list[str]) -> PipelineError:
     """The error, after the end of the logs that say why."""
-    from infra.embedded import child_log
-    from schemas.errors import PipelineError
-
     for name in names:
         log = child_log(settings, name)
         console.print(f"The last lines of {log}:", style="dim", markup=False)

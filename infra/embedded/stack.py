@@ -10,11 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from pydantic import SecretStr
 
-import infra
 from infra.embedded import announced_ready, ready_file, redis_server
 from infra.embedded.child import ChildSpec
 from infra.embedded.processes import StopSignals, start_of
@@ -148,13 +146,9 @@ def python_command(module: str) -> tuple[str, ...]:
 
 
 def python_environment(settings: Settings) -> dict[str, str]:
-    """What a Python process of the stack needs in its environment, the settings included."""
-    home = str(Path(infra.__file__).parents[1])
-    return {
-        **environment(settings),
-        "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
-    }
+    """What a Python process of the stack needs in its environment. Holds secrets."""
+    # Unbuffered: the last words of a process that is killed are in its log.
+    return {**environment(settings), "PYTHONUNBUFFERED": "1"}
 
 
 def _as_text(value: object) -> str:

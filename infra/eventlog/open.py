@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from infra.eventlog import EventLog
 from schemas.errors import PipelineError
@@ -15,23 +15,20 @@ def open_log(url: str, *, on_append: Callable[[], None] | None = None) -> EventL
     on_append: called after each durable append, also of a consumer's outputs. Must be quick and not raise.
     Raises PipelineError for a wrong address, Transient if the log is not to be had now.
     """
-    parts = urlsplit(url)
-    opener = OPENERS.get(parts.scheme)
+    opener = OPENERS.get(urlsplit(url).scheme)
     if opener is None:
         known = ", ".join(f"{scheme}://" for scheme in OPENERS)
         raise PipelineError(
             "settings_invalid",
             f"The event log's address must begin with one of {known}; got {url!r}.",
         )
-    return opener(parts, on_append)
+    return opener(url, on_append)
 
 
-def _open_sqlite(url: SplitResult, on_append: Callable[[], None] | None) -> EventLog:
+def _open_sqlite(url: str, on_append: Callable[[], None] | None) -> EventLog:
     from infra.eventlog.sqlite import open_sqlite
 
     return open_sqlite(url, on_append)
 
 
-OPENERS: dict[str, Callable[[SplitResult, Callable[[], None] | None], EventLog]] = {
-    "sqlite": _open_sqlite
-}
+OPENERS: dict[str, Callable[[str, Callable[[], None] | None], EventLog]] = {"sqlite": _open_sqlite}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import cast
-from urllib.parse import SplitResult, parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from infra.eventlog import Lag, NewRecord, Record
 from infra.eventlog.sqlite_consumer import SqliteConsumer, read_cursors
@@ -156,14 +156,15 @@ class SqliteLog:
             ).rowcount
 
 
-def open_sqlite(url: SplitResult, on_append: Callable[[], None] | None) -> SqliteLog:
+def open_sqlite(url: str, on_append: Callable[[], None] | None) -> SqliteLog:
     """`sqlite:///absolute/path`, with synchronous=full to survive power cuts, and max_bytes."""
-    path = Path("/" + unquote(url.path).lstrip("/"))
-    options = dict(parse_qsl(url.query, keep_blank_values=True))
+    parts = urlsplit(url)
+    path = Path("/" + unquote(parts.path).lstrip("/"))
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
     synchronous = options.pop("synchronous", "normal")
     max_bytes = options.pop("max_bytes", str(MAX_BYTES))
     if (
-        url.netloc
+        parts.netloc
         or path == Path("/")
         or options
         or synchronous not in ("normal", "full")
@@ -172,6 +173,6 @@ def open_sqlite(url: SplitResult, on_append: Callable[[], None] | None) -> Sqlit
         raise PipelineError(
             "settings_invalid",
             "The embedded event log's address must be sqlite:///absolute/path, with ?synchronous=normal "
-            f"or full and max_bytes of at least {1024**2} where wanted; got {url.geturl()!r}.",
+            f"or full and max_bytes of at least {1024**2} where wanted; got {url!r}.",
         )
     return SqliteLog(SqliteFile(path, cast(Synchronous, synchronous), int(max_bytes)), on_append)

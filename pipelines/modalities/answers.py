@@ -44,10 +44,7 @@ def top_k(
     labels = bundle.labels
 
     def classify(value: Scores | Row) -> Answer:
-        if isinstance(value, dict):
-            probabilities = output_vector(value, output)
-        else:
-            probabilities = value
+        probabilities = output_vector(value, output) if isinstance(value, dict) else value
         width = len(probabilities)
         if labels and len(labels) != width:
             raise InferenceFailed(

@@ -102,8 +102,7 @@ def tokenize(
     takes: dict[str, TokenPart] = inputs or {"input_ids": "ids", "attention_mask": "mask"}
 
     def encode(text: str) -> Row:
-        # One text at a time: encode_batch would start threads of its own beside the worker's.
-        encoding = tokenizer.encode(text)
+        encoding = _beginning(tokenizer, text, max_tokens)
         if len(encoding.ids) > max_tokens:
             raise _too_long(f"{max_tokens} tokens", len(encoding.ids))
         if not encoding.ids:
@@ -116,6 +115,20 @@ def tokenize(
         return {name: np.array(parts[part], np.int64) for name, part in takes.items()}
 
     return encode
+
+
+def _beginning(tokenizer: Any, text: str, max_tokens: int) -> Any:
+    """The encoding of as much of a text as `max_tokens` can be about.
+
+    A MiB of text takes seconds, so no more than needed is encoded. One text at a time:
+    encode_batch would start threads of its own beside the worker's.
+    """
+    for chars in (32 * max_tokens, 512 * max_tokens):
+        if chars < len(text):
+            encoding = tokenizer.encode(text[:chars])
+            if encoding.overflowing or len(encoding.ids) > max_tokens:
+                return encoding
+    return tokenizer.encode(text)
 
 
 def load_tokenizer(bundle: Bundle) -> Any:

@@ -22,7 +22,7 @@ EXIT_FENCED = 3
 
 SCALE = 10 if os.environ.get("HEADRACE_FAULTS") == "long" else 1
 WRITERS = 2
-READER_KILLS = 10 * SCALE
+READER_KILLS = 6 * SCALE
 JOBS_EACH = 2500 * SCALE
 ENDLESS = str(10**9)
 

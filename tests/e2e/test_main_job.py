@@ -421,7 +421,7 @@ def flush(stack: Stack) -> None:
 def shown(stack: Stack, job_id: str) -> Outcome | None:
     connection = connect_redis(stack.settings)
     try:
-        return JobView(connection, 3600).get([job_id])[0]
+        return JobView(connection).get([job_id])[0]
     finally:
         connection.close()
 

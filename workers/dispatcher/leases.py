@@ -13,13 +13,15 @@ from workers.dispatcher.memory import OpenJob
 
 @dataclass(slots=True)
 class Lease:
-    """jobs: in the order they were sent. check_at: monotonic time when its sign of life is next looked for."""
+    """jobs: in the order they were sent. check_at: monotonic time when its sign of life is next looked for.
+    shown: whether its jobs are shown as running."""
 
     batch_id: str
     worker: str
     jobs: list[OpenJob]
     sent_at: float
     check_at: float
+    shown: bool = False
 
 
 class Leases:
@@ -46,6 +48,14 @@ class Leases:
     def due(self, now: float) -> list[Lease]:
         """Leases that may have run out on the server by now."""
         return [lease for lease in self._leases.values() if now >= lease.check_at]
+
+    def unshown(self, sent_before: float) -> list[Lease]:
+        """Leases granted before a monotonic time whose jobs are not shown as running yet."""
+        return [
+            lease
+            for lease in self._leases.values()
+            if not lease.shown and lease.sent_at <= sent_before
+        ]
 
     def all_due(self) -> None:
         """Look at every lease at the next chance (the server lost its memory)."""

@@ -27,6 +27,7 @@ from workers.dispatcher.view_writer import ViewWriter
 IDLE_S = 0.25
 UNRIPE_S = 0.005
 TIDY_EVERY_S = 0.25
+SHOW_RUNNING_AFTER_S = 0.2
 
 logger = get_logger("dispatcher")
 
@@ -127,7 +128,6 @@ class Dispatcher:
         for job in jobs:
             job.dispatches += 1
         self.leases.grant(batch.id, token.worker, jobs, self.monotonic())
-        self.view_writer.running([job.job for job in jobs])
         logger.debug("batch_sent", batch=batch.id, worker=token.worker, jobs=len(jobs))
 
     def _batch(self, jobs: list[OpenJob]) -> Batch:
@@ -153,6 +153,13 @@ class Dispatcher:
             self.leases.all_due()
             self.view_writer.catch_up(now)
         self._check_leases(now)
+        self._show_running()
+
+    def _show_running(self) -> None:
+        """Only what runs for a while is shown as running: most jobs end before anybody could look."""
+        for lease in self.leases.unshown(self.monotonic() - SHOW_RUNNING_AFTER_S):
+            self.view_writer.running([job.job for job in lease.jobs])
+            lease.shown = True
 
     def _check_leases(self, now: float) -> None:
         due = self.leases.due(self.monotonic())

@@ -67,10 +67,8 @@ class ViewWriter:
     def running(self, jobs: Sequence[Job]) -> None:
         """Show jobs as being with a worker."""
         try:
-            self._view.running(
-                {job.id: encode_outcome(outcome_of(job, "running")) for job in jobs},
-                self._ttl.seconds,
-            )
+            shown = [(job.id, encode_outcome(outcome_of(job, "running"))) for job in jobs]
+            self._view.show(shown, self._ttl.seconds)
         except Transient:
             self._fall_behind()
 
@@ -99,7 +97,7 @@ class ViewWriter:
     def _step(self) -> None:
         assert self._replay is not None
         records = list(islice(self._replay, REBUILD_CHUNK))
-        self._view.restore([(record.key, record.value) for record in records], self._ttl.seconds)
+        self._view.show([(record.key, record.value) for record in records], self._ttl.seconds)
         if len(records) < REBUILD_CHUNK:
             self._replay = None
             # The mark that _begin set must still stand, or Redis was emptied once more meanwhile.

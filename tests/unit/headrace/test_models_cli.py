@@ -66,7 +66,7 @@ def refused(result: Result) -> str:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ")
+    assert "error: " in result.stderr
     return words(result)
 
 

@@ -348,6 +348,26 @@ def test_a_store_that_fills_up_is_left_as_it_was_and_a_second_try_works(
     assert add(colours, objects).new
 
 
+class DeafObjects(FileObjects):
+    """Stores a card, and the answer gets lost."""
+
+    def put(self, key: str, data: bytes | BinaryIO | Path, *, if_absent: bool = False) -> Ref:
+        ref = super().put(key, data, if_absent=if_absent)
+        if if_absent:
+            raise Transient("storage_unavailable", "answer lost")
+        return ref
+
+
+def test_an_installation_whose_answer_was_lost_is_whole(
+    colours: Path, add: Add, objects: FileObjects, tmp_path: Path
+) -> None:
+    with pytest.raises(Transient):
+        add(colours, DeafObjects(tmp_path / "objects"))
+    assert not add(colours).new
+    card = Catalogue(objects).resolve("colours")
+    assert Bundle.open(Catalogue(objects).folder(card)).digest == card.digest
+
+
 def test_a_bundle_that_changes_meanwhile_is_refused(
     colours: Path, add: Add, objects: FileObjects
 ) -> None:

@@ -158,10 +158,15 @@ def test_a_full_log_still_takes_outcomes_and_recovers_by_trimming(
     log = open_sqlite("?max_bytes=2000000")
     consumer = log.consumer("g", [A])
     accepted = 0
-    with pytest.raises(Transient, match="raise max_bytes") as caught:
+
+    def append_without_end() -> None:
+        nonlocal accepted
         while True:
             log.append(new(A, *range(10), value=bytes(1000)))
             accepted += 10
+
+    with pytest.raises(Transient, match="raise max_bytes") as caught:
+        append_without_end()
     assert caught.value.code == "log_full"
     assert len(kept(log, A)) == accepted
     held = consumer.receive(10_000, 2**30)
@@ -257,7 +262,7 @@ def test_one_receive_is_shared_among_the_topics(log: SqliteLog) -> None:
     log.append([*new(A, *range(500)), *new(B, *range(3)), *new(RESULTS, *range(40))])
     consumer = log.consumer("g", [A, B, RESULTS])
     topics = [record.position.topic for record in consumer.receive(60, 2**30)]
-    assert [topics.count(topic) for topic in (A, B, RESULTS)] == [37, 3, 20]
+    assert [topics.count(topic) for topic in (A, B, RESULTS)] == [29, 3, 28]
 
 
 def test_an_idle_receive_only_looks_whether_the_file_changed(

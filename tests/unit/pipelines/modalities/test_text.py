@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.bundle import Bundle
-from pipelines.modalities.text import decode_text, tokenize
+from pipelines.modalities.text import decode_text, load_tokenizer, tokenize
 from schemas.errors import InvalidJob, InvalidModel
 
 MakeBundle = Callable[..., Bundle]
@@ -93,6 +93,18 @@ def test_without_truncation_long_text_is_refused(bundle: Bundle) -> None:
     with pytest.raises(InvalidJob, match="at most 4 tokens, came 5") as caught:
         step("a b c")
     assert caught.value.code == "text_too_long"
+
+
+@pytest.mark.parametrize(
+    "text", ["a b c " * 5000, "a" * 5000 + " a b c d", " " * 5000 + "a b c a b", "a" * 5000]
+)
+def test_of_a_long_text_the_same_tokens_come_as_if_all_of_it_were_encoded(
+    bundle: Bundle, text: str
+) -> None:
+    whole = load_tokenizer(bundle)
+    whole.no_padding()
+    whole.enable_truncation(8)
+    assert tokenize(bundle, max_tokens=8)(text)["input_ids"].tolist() == whole.encode(text).ids
 
 
 def test_inputs_can_have_other_names(bundle: Bundle) -> None:

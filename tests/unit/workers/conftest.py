@@ -1,0 +1,401 @@
+"""The world around the workers, in memory and on a clock that only tests move: an event log, the
+fleet's side of Redis, mailboxes, the job view. Each can be told to fail."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from infra.eventlog import NewRecord, Position, Record
+from infra.fleet import Phase, Seat, Signals, SlotToken, WorkerBeat
+from infra.job_view import Ended
+from schemas.batches import Batch, Completion, decode_batch, decode_completion, encode
+from schemas.errors import Transient
+from schemas.results import Outcome, decode_outcome
+
+
+@dataclass
+class Clock:
+    """One time for all: `wall()` in seconds since the epoch, `monotonic()` from zero."""
+
+    start: float
+    passed_s: float = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.passed_s += seconds
+
+    def wall(self) -> float:
+        return self.start + self.passed_s
+
+    def monotonic(self) -> float:
+        return self.passed_s
+
+
+@dataclass
+class Faults:
+    """What is to fail. A call is named `part.method`; `after` fails it when it has taken effect."""
+
+    before: Counter[str] = field(default_factory=Counter)
+    after: Counter[str] = field(default_factory=Counter)
+    always: set[str] = field(default_factory=set)
+
+    def fail(self, call: str, times: int = 1) -> None:
+        self.before[call] += times
+
+    def lose_answer(self, call: str) -> None:
+        self.after[call] += 1
+
+    def begin(self, call: str) -> None:
+        if call in self.always or call.split(".")[0] in self.always:
+            raise Transient(f"{call}_down", f"{call} is told to be down")
+        self._trip(self.before, call)
+
+    def end(self, call: str) -> None:
+        self._trip(self.after, call)
+
+    def _trip(self, armed: Counter[str], call: str) -> None:
+        if armed[call]:
+            armed[call] -= 1
+            raise Transient("told_to_fail", f"{call} is told to fail")
+
+
+class FakeConsumer:
+    """What `infra.eventlog.Consumer` promises, for one member. commits: each transaction."""
+
+    def __init__(self, log: FakeLog, topics: Sequence[str], window: int) -> None:
+        self._log = log
+        self._topics = topics
+        self._window = window
+        self._next = dict.fromkeys(topics, 0)
+        self.open: set[Position] = set()
+        self.completed: list[Position] = []
+        self.commits: list[tuple[list[Position], list[NewRecord]]] = []
+        self.asked_bytes: list[int] = []
+        self.paused: set[str] = set()
+
+    def receive(self, max_records: int, max_bytes: int, timeout_s: float = 0) -> list[Record]:
+        self._log.faults.begin("log.receive")
+        self.asked_bytes.append(max_bytes)
+        received: list[Record] = []
+        for topic in self._topics:
+            for record in self._log.records[topic][self._next[topic] :]:
+                held = sum(position.topic == topic for position in self.open)
+                size = sum(len(r.value) for r in received) + len(record.value)
+                if (
+                    topic in self.paused
+                    or held >= self._window
+                    or len(received) == max_records
+                    or (received and size > max_bytes)
+                ):
+                    break
+                self._next[topic] += 1
+                self.open.add(record.position)
+                received.append(record)
+        return received
+
+    def complete(self, positions: Iterable[Position], outputs: Sequence[NewRecord] = ()) -> None:
+        self._log.faults.begin("log.complete")
+        fresh = list(positions)
+        assert len(set(fresh)) == len(fresh), "a position was completed twice in one transaction"
+        assert self.open.issuperset(fresh), "a position was completed that is not open"
+        self.open.difference_update(fresh)
+        self.completed += fresh
+        self.commits.append((fresh, list(outputs)))
+        self._log.append(outputs)
+
+    def pause(self, topic: str) -> None:
+        self.paused.add(topic)
+
+    def resume(self, topic: str) -> None:
+        self.paused.discard(topic)
+
+    def close(self) -> None:
+        pass
+
+
+class FakeLog:
+    """What `infra.eventlog.EventLog` promises, as lists. consumers: members that joined."""
+
+    def __init__(self, clock: Clock, faults: Faults) -> None:
+        self.records: dict[str, list[Record]] = defaultdict(list)
+        self.faults = faults
+        self._clock = clock
+        self.trims: list[dict[str, float]] = []
+
+    def append(self, records: Sequence[NewRecord]) -> None:
+        self.faults.begin("log.append")
+        for new in records:
+            held = self.records[new.topic]
+            at = Position(new.topic, 0, len(held))
+            held.append(Record(at, new.key, new.headers, new.value, self._clock.wall()))
+
+    def consumer(self, group: str, topics: Sequence[str], *, window: int = 4096) -> FakeConsumer:
+        return FakeConsumer(self, topics, window)
+
+    def read(self, topics: Sequence[str], since: float) -> Iterator[Record]:
+        for topic in topics:
+            for record in list(self.records[topic]):
+                self.faults.begin("log.read")
+                if record.time >= since:
+                    yield record
+
+    def trim(self, retention_s: dict[str, float]) -> int:
+        self.trims.append(retention_s)
+        return 0
+
+    def outcomes(self) -> list[Outcome]:
+        return [decode_outcome(record.value) for record in self.records["results"]]
+
+    def statuses(self) -> dict[str, str]:
+        """How each job ended; asserts that it did once."""
+        outcomes = self.outcomes()
+        by_job = {outcome.job_id: outcome.status for outcome in outcomes}
+        assert len(by_job) == len(outcomes), f"a job ended twice: {outcomes}"
+        return dict(by_job)
+
+
+class FakeFleet:
+    """What `infra.fleet.Fleet` does, without Redis. Leases end on the clock."""
+
+    def __init__(self, clock: Clock, faults: Faults) -> None:
+        self._clock = clock
+        self._faults = faults
+        self.flush()
+        self.waits: list[tuple[list[Seat], float]] = []
+
+    def flush(self) -> None:
+        """Lose everything, as FLUSHALL does."""
+        self.slots: dict[Seat, deque[SlotToken]] = {"any": deque(), "live": deque()}
+        self.batches: dict[str, bytes] = {}
+        self.leases: dict[str, float] = {}
+        self.begun: set[str] = set()
+        self.inbox: deque[bytes] = deque()
+        self.alive: set[str] = set()
+        self.beats: list[WorkerBeat] = []
+
+    def leased(self, batch_id: str) -> bool:
+        return self.leases.get(batch_id, 0.0) > self._clock.monotonic()
+
+    # ── dispatcher ───────────────────────────────────────────────────────────────────────────────
+
+    def wait(self, slot: int, seats: Sequence[Seat], timeout_s: float) -> Signals:
+        self.waits.append((list(seats), timeout_s))
+        with self._call("wait"):
+            if self.inbox:
+                return Signals(self._read_inbox(), None)
+            for seat in seats:
+                if self.slots[seat]:
+                    token = self.slots[seat].popleft()
+                    return Signals([], token if token.worker in self.alive else None)
+        return Signals([], None)
+
+    def completions(self, slot: int) -> list[Completion]:
+        with self._call("completions"):
+            return self._read_inbox()
+
+    def take_slot(self, seats: Sequence[Seat]) -> SlotToken | None:
+        with self._call("take_slot"):
+            for seat in seats:
+                while self.slots[seat]:
+                    token = self.slots[seat].popleft()
+                    if token.worker in self.alive:
+                        return token
+        return None
+
+    def return_slot(self, token: SlotToken) -> None:
+        with self._call("return_slot"):
+            self.slots[token.seat].append(token)
+
+    def lease(self, batch: Batch) -> None:
+        with self._call("lease"):
+            self.batches[batch.id] = encode(batch)
+            self.leases[batch.id] = self._clock.monotonic() + batch.lease_s
+
+    def phases(self, batch_ids: Sequence[str]) -> list[Phase]:
+        with self._call("phases"):
+            return [Phase(self.leased(id_), id_ in self.begun) for id_ in batch_ids]
+
+    # ── worker ───────────────────────────────────────────────────────────────────────────────────
+
+    def fetch(self, batch_id: str) -> Batch | None:
+        with self._call("fetch"):
+            raw = self.batches.get(batch_id)
+        return decode_batch(raw) if raw is not None and self.leased(batch_id) else None
+
+    def begin(self, batch: Batch) -> bool:
+        with self._call("begin"):
+            self.begun.add(batch.id)
+            return self.leased(batch.id)
+
+    def holds(self, batch_id: str) -> bool:
+        with self._call("holds"):
+            return self.leased(batch_id)
+
+    def complete(self, batch: Batch, completion: Completion) -> None:
+        with self._call("complete"):
+            self.inbox.append(encode(completion))
+            self.leases.pop(batch.id, None)
+            self.begun.discard(batch.id)
+            self.batches.pop(batch.id, None)
+
+    def offer(self, token: SlotToken) -> None:
+        with self._call("offer"):
+            self.slots[token.seat].append(token)
+
+    def offered(self, tokens: Sequence[SlotToken]) -> list[bool]:
+        with self._call("offered"):
+            return [token in self.slots[token.seat] for token in tokens]
+
+    def clear_slots(self, worker: str) -> None:
+        with self._call("clear_slots"):
+            for seat, tokens in self.slots.items():
+                self.slots[seat] = deque(token for token in tokens if token.worker != worker)
+
+    def beat(self, beat: WorkerBeat, renew: Iterable[str], lease_ms: int) -> None:
+        with self._call("beat"):
+            self.alive.add(beat.worker)
+            self.beats.append(beat)
+            for batch_id in renew:
+                if self.leased(batch_id):
+                    self.leases[batch_id] = self._clock.monotonic() + lease_ms / 1000
+
+    def sign_off(self, worker: str) -> None:
+        with self._call("sign_off"):
+            self.alive.discard(worker)
+
+    def _read_inbox(self) -> list[Completion]:
+        found = [decode_completion(raw) for raw in self.inbox]
+        self.inbox.clear()
+        return found
+
+    def _call(self, name: str) -> _Call:
+        return _Call(self._faults, f"fleet.{name}")
+
+
+@dataclass
+class _Call:
+    """A call that may fail before it does anything, or when it is done."""
+
+    faults: Faults
+    name: str
+
+    def __enter__(self) -> None:
+        self.faults.begin(self.name)
+
+    def __exit__(self, *raised: object) -> None:
+        if raised == (None, None, None):
+            self.faults.end(self.name)
+
+
+class FakeMailboxes:
+    """sent: (worker, batch id, slot) of every message, and `take()` them as workers would."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self.sent: list[tuple[str, str, SlotToken]] = []
+        self._unread: deque[tuple[str, str, SlotToken]] = deque()
+
+    def send(self, worker: str, batch_id: str, slot: str) -> None:
+        with _Call(self._faults, "mailboxes.send"):
+            message = (worker, batch_id, SlotToken.unpack(slot))
+            self.sent.append(message)
+            self._unread.append(message)
+
+    def take(self) -> list[tuple[str, str, SlotToken]]:
+        unread = list(self._unread)
+        self._unread.clear()
+        return unread
+
+
+class FakeView:
+    """What `infra.job_view.JobView` does. told: notices, by client."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self.told: dict[str, list[str]] = defaultdict(list)
+        self.forget()
+
+    def forget(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.mark: float | None = None
+
+    def running(self, values: dict[str, bytes]) -> None:
+        with _Call(self._faults, "view.running"):
+            self.values |= values
+
+    def ended(self, jobs: Sequence[Ended], complete_to: float | None) -> bool:
+        with _Call(self._faults, "view.ended"):
+            for job in jobs:
+                self.values[job.job_id] = job.value
+                if job.reply_to:
+                    self.told[job.reply_to].append(job.job_id)
+            if complete_to is None:
+                return True
+            before, self.mark = self.mark, complete_to
+            return before is not None
+
+    def restore(self, values: Sequence[tuple[str, bytes]]) -> None:
+        with _Call(self._faults, "view.restore"):
+            self.values |= dict(values)
+
+    def complete_to(self) -> float | None:
+        with _Call(self._faults, "view.complete_to"):
+            return self.mark
+
+    def statuses(self) -> dict[str, str]:
+        return {id_: decode_outcome(value).status for id_, value in self.values.items()}
+
+
+@pytest.fixture
+def clock(noon: float) -> Clock:
+    return Clock(noon)
+
+
+@pytest.fixture
+def faults() -> Faults:
+    return Faults()
+
+
+@pytest.fixture
+def log(clock: Clock, faults: Faults) -> FakeLog:
+    return FakeLog(clock, faults)
+
+
+@pytest.fixture
+def fleet(clock: Clock, faults: Faults) -> FakeFleet:
+    return FakeFleet(clock, faults)
+
+
+@pytest.fixture
+def mailboxes(faults: Faults) -> FakeMailboxes:
+    return FakeMailboxes(faults)
+
+
+@pytest.fixture
+def view(faults: Faults) -> FakeView:
+    return FakeView(faults)
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., Batch]:
+    """`make_batch(items, id="b")`: a batch of items for model `echo`."""
+    numbers = itertools.count(1)
+
+    def make(items: Sequence[Any] = (), **facts: Any) -> Batch:
+        defaults = {
+            "id": f"batch-{next(numbers)}",
+            "model": "echo",
+            "version": 1,
+            "reply_to": 0,
+            "lease_s": 10.0,
+            "max_run_s": 60.0,
+            "alone": False,
+        }
+        return Batch(**(defaults | facts), items=list(items))
+
+    return make

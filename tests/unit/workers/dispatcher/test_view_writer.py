@@ -1,0 +1,200 @@
+"""The view keeps up with the results topic, and comes back whatever Redis forgot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from infra.eventlog import NewRecord
+from infra.job_view import Ended
+from schemas.jobs import Job
+from schemas.results import encode_outcome, outcome_of
+from schemas.topics import RESULTS
+from workers.dispatcher.view_writer import REBUILD_CHUNK, ViewWriter
+
+TTL_S = 3600
+
+
+@pytest.fixture
+def writer(view: Any, log: Any) -> ViewWriter:
+    return ViewWriter(view, log, TTL_S)
+
+
+@pytest.fixture
+def end(log: Any, clock: Any, make_job: Callable[..., Job]) -> Callable[[str], Ended]:
+    """`end("a")`: the job's outcome in the log, and what the view is to be told of it."""
+
+    def ended(job_id: str) -> Ended:
+        outcome = outcome_of(make_job(id=job_id), "succeeded", finished_at=clock.wall())
+        value = encode_outcome(outcome)
+        log.append([NewRecord(RESULTS, job_id, {}, value)])
+        return Ended(job_id, value, None)
+
+    return ended
+
+
+def rebuild(writer: ViewWriter, now: float, most_steps: int = 20) -> None:
+    for _ in range(most_steps):
+        if not writer.behind:
+            return
+        writer.catch_up(now)
+    raise AssertionError("the view does not catch up")
+
+
+def test_a_new_writer_reads_what_an_earlier_life_wrote_and_did_not_show(
+    writer: ViewWriter, view: Any, clock: Any, end: Any
+) -> None:
+    end("a")
+    clock.advance(10)
+    assert writer.behind
+
+    rebuild(writer, clock.wall())
+
+    assert view.statuses() == {"a": "succeeded"}
+
+
+def test_only_what_the_view_may_not_have_is_read_again(
+    writer: ViewWriter, view: Any, clock: Any, end: Any
+) -> None:
+    end("old")
+    clock.advance(100)
+    view.mark = clock.wall()
+    end("new")
+
+    rebuild(writer, clock.wall())
+
+    assert view.statuses() == {"new": "succeeded"}
+
+
+def test_outcomes_older_than_the_view_keeps_them_are_not_read_again(
+    writer: ViewWriter, view: Any, clock: Any, end: Any
+) -> None:
+    end("old")
+    clock.advance(TTL_S + 1)
+    end("new")
+
+    rebuild(writer, clock.wall())
+
+    assert view.statuses() == {"new": "succeeded"}
+
+
+def test_after_it_lost_its_memory_the_view_is_rebuilt(
+    writer: ViewWriter, view: Any, clock: Any, end: Any
+) -> None:
+    rebuild(writer, clock.wall())
+    writer.show([end("a")], clock.wall())
+    view.forget()
+    clock.advance(10)
+
+    writer.show([end("b")], clock.wall())
+    assert writer.behind
+    rebuild(writer, clock.wall())
+
+    assert view.statuses() == {"a": "succeeded", "b": "succeeded"}
+
+
+def test_a_rebuild_goes_in_steps_and_what_ends_meanwhile_is_shown_at_once(
+    writer: ViewWriter, view: Any, clock: Any, end: Any
+) -> None:
+    for number in range(2 * REBUILD_CHUNK + 1):
+        end(str(number))
+    clock.advance(10)
+
+    writer.catch_up(clock.wall())
+    assert len(view.values) == REBUILD_CHUNK
+    writer.show([end("now")], clock.wall())
+    assert "now" in view.values
+    rebuild(writer, clock.wall())
+
+    assert len(view.values) == 2 * REBUILD_CHUNK + 2
+
+
+@pytest.mark.parametrize("after_steps", [1, 2, 3])
+def test_a_loss_during_a_rebuild_begins_it_anew(
+    writer: ViewWriter, view: Any, clock: Any, end: Any, after_steps: int
+) -> None:
+    for number in range(2 * REBUILD_CHUNK + 1):
+        end(str(number))
+    clock.advance(10)
+    for _ in range(after_steps):
+        writer.catch_up(clock.wall())
+    view.forget()
+
+    writer.show([end("last")], clock.wall())
+    rebuild(writer, clock.wall())
+
+    assert len(view.values) == 2 * REBUILD_CHUNK + 2
+
+
+def test_a_loss_between_reading_the_mark_and_setting_it_is_noticed(
+    writer: ViewWriter, view: Any, clock: Any, end: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end("a")
+    clock.advance(100)
+    view.mark = clock.wall()
+    read = view.complete_to
+
+    def lost_right_after() -> float | None:
+        mark: float | None = read()
+        view.forget()
+        monkeypatch.undo()
+        return mark
+
+    monkeypatch.setattr(view, "complete_to", lost_right_after)
+    rebuild(writer, clock.wall())
+
+    assert view.statuses() == {"a": "succeeded"}
+
+
+@pytest.mark.parametrize("call", ["view.ended", "view.restore", "view.complete_to", "log.read"])
+@pytest.mark.parametrize("answer_lost", [False, True])
+def test_whatever_fails_the_view_has_it_all_in_the_end(
+    writer: ViewWriter,
+    view: Any,
+    clock: Any,
+    faults: Any,
+    end: Any,
+    call: str,
+    answer_lost: bool,
+) -> None:
+    if answer_lost:
+        faults.lose_answer(call)
+    else:
+        faults.fail(call)
+
+    for id_ in "abc":
+        writer.show([end(id_)], clock.wall())
+        clock.advance(10)
+        writer.catch_up(clock.wall())
+    rebuild(writer, clock.wall())
+
+    assert view.statuses() == dict.fromkeys("abc", "succeeded")
+
+
+def test_while_redis_is_away_nothing_is_raised_and_afterwards_all_is_there(
+    writer: ViewWriter, view: Any, clock: Any, faults: Any, end: Any
+) -> None:
+    rebuild(writer, clock.wall())
+    faults.always.add("view")
+    for id_ in "abc":
+        writer.show([end(id_)], clock.wall())
+        writer.catch_up(clock.wall())
+        clock.advance(100)
+    faults.always.clear()
+
+    rebuild(writer, clock.wall())
+
+    assert view.statuses() == dict.fromkeys("abc", "succeeded")
+
+
+def test_a_view_that_has_everything_is_left_alone(
+    writer: ViewWriter, view: Any, clock: Any, end: Any
+) -> None:
+    rebuild(writer, clock.wall())
+    end("unshown")
+
+    writer.catch_up(clock.wall())
+
+    assert view.values == {}
