@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
@@ -27,14 +27,24 @@ class Looped(Struct, frozen=True):
 
 
 class PlainLoops:
-    """Processes with the model loaded, idle until `run`."""
+    """Processes with the model loaded, idle until `run`. batch: jobs in one run of the engine."""
 
     def __init__(self, pipes: list[Connection]) -> None:
         self._pipes = pipes
+        self.batch = 1
+
+    def tune(self, batches: Iterable[int], seconds: float) -> None:
+        """Take the batch size with which the loops are fastest."""
+
+        def rate(batch: int) -> float:
+            self.batch = batch
+            return self.run(seconds).jobs_per_s
+
+        self.batch = max(batches, key=rate)
 
     def run(self, seconds: float) -> Looped:
         for pipe in self._pipes:
-            pipe.send(seconds)
+            pipe.send((seconds, self.batch))
         parts: list[Looped] = [pipe.recv() for pipe in self._pipes]
         return Looped(
             sum(part.jobs for part in parts),
@@ -44,14 +54,12 @@ class PlainLoops:
 
 
 @contextmanager
-def plain_loops(
-    settings: Settings, model: str, payloads: Payloads, batch: int = 1
-) -> Iterator[PlainLoops]:
+def plain_loops(settings: Settings, model: str, payloads: Payloads) -> Iterator[PlainLoops]:
     spawn = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for _ in range(cores()):
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_serve, args=(theirs, settings, model, payloads, batch))
+        process = spawn.Process(target=_serve, args=(theirs, settings, model, payloads))
         process.start()
         pipes.append(ours)
         processes.append(process)
@@ -66,11 +74,12 @@ def plain_loops(
             process.join()
 
 
-def _serve(pipe: Connection, settings: Settings, name: str, payloads: Payloads, batch: int) -> None:
+def _serve(pipe: Connection, settings: Settings, name: str, payloads: Payloads) -> None:
     model = load(settings, name)
     data = [text.encode() if isinstance(text, str) else text for text in payloads]
     pipe.send("ready")
-    while (seconds := pipe.recv()) is not None:
+    while (asked := pipe.recv()) is not None:
+        seconds, batch = asked
         turns = itertools.cycle(data)
         jobs = 0
         cpu_before, began = cpu_s(psutil.Process()), time.perf_counter()

@@ -22,8 +22,7 @@ Row = dict[str, NDArray[Any]]
 
 
 class LoadedModel:
-    """Safe to use from several threads at once. Does not own the engines: who loaded them closes
-    them."""
+    """Safe to use from several threads at once. Owns its engines: `close` closes them."""
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
         """Makes the steps; some of them run the model already. Raises InvalidModel."""
@@ -34,6 +33,14 @@ class LoadedModel:
         for i, step in enumerate(self._steps.postprocess):
             if prepare := getattr(step, "prepare", None):
                 self._prepare(prepare, f"$.postprocess[{i}]")
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(engine.memory_bytes for engine in self.engines.values())
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
 
     @property
     def pads(self) -> bool:

@@ -6,8 +6,8 @@ A model is installed only after it has answered here, and is there when its card
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,10 +16,8 @@ import msgspec
 from infra.catalogue import Catalogue, card_key, files_folder, read_card, version_folder
 from infra.objects import ObjectExists, ObjectStore, check_key
 from pipelines.bundle import Bundle
-from pipelines.engines import load_engine
 from pipelines.engines.cache import EngineCache
-from pipelines.engines.engine import Engine
-from pipelines.model import LoadedModel
+from pipelines.load import load_model
 from pipelines.validate import check
 from schemas.errors import InvalidJob, InvalidModel, PipelineError
 from schemas.models import ModelCard
@@ -54,10 +52,10 @@ def add(
     if card := _installed(bundle, objects):
         return Added(card, new=False)
     on_stage("build")
-    with _engines(bundle, cache) as engines:
-        _check_memory(engines, budget_bytes)
+    # The user asks, so what failed to compile a moment ago is tried again.
+    with closing(load_model(bundle, cache, budget_bytes=budget_bytes, force=True)) as model:
         on_stage("check")
-        check(LoadedModel(bundle, engines))
+        check(model)
     on_stage("install")
     return _install(bundle, objects)
 
@@ -119,33 +117,6 @@ def _installed(bundle: Bundle, objects: ObjectStore) -> ModelCard | None:
         f"{bundle.where('$.version')}: {config.name} version {config.version} is installed already"
         " with other content; raise `version`.",
     )
-
-
-@contextmanager
-def _engines(bundle: Bundle, cache: EngineCache) -> Iterator[dict[str, Engine]]:
-    with ExitStack() as loaded:
-        engines = {}
-        for role, config in bundle.config.engines.items():
-            engine = load_engine(
-                bundle.path(config.file),
-                config,
-                bundle.config.batch.buckets,
-                cache=cache,
-                force=True,  # the user asks: what failed a moment ago is tried again
-            )
-            loaded.callback(engine.close)
-            engines[role] = engine
-        yield engines
-
-
-def _check_memory(engines: dict[str, Engine], budget_bytes: int) -> None:
-    needed_bytes = sum(engine.memory_bytes for engine in engines.values())
-    if needed_bytes > budget_bytes:
-        raise InvalidModel(
-            "model_too_large",
-            f"Expected engines of at most {budget_bytes} bytes, which is what a worker may hold"
-            f" (HEADRACE_WORKER__MEMORY_BYTES), came {needed_bytes}; raise it or use a smaller model.",
-        )
 
 
 def _install(bundle: Bundle, objects: ObjectStore) -> Added:

@@ -317,7 +317,7 @@ class Client:
                 card,
                 self._objects,
                 tenant=self.tenant,
-                unique=job_id if key is None else f"{job_id}.{secrets.token_hex(4)}",
+                job_id=job_id,
                 content_type=options.get("content_type"),
             ),
             submitted_at=now,

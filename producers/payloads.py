@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import mimetypes
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,7 +27,7 @@ def make_payload(
     objects: ObjectStore,
     *,
     tenant: str,
-    unique: str,
+    job_id: str,
     content_type: str | None = None,
 ) -> Payload:
     """The payload of one job; what is too large for its record is in the object store when this returns.
@@ -40,7 +41,7 @@ def make_payload(
     if len(data) <= INLINE_LIMIT_BYTES:
         return Payload(kind, data=data)
     _check_size(len(data), card)
-    return Payload(kind, ref=objects.put(payload_key(tenant, unique, "0"), data))
+    return Payload(kind, ref=objects.put(payload_key(tenant, job_id, secrets.token_hex(4)), data))
 
 
 def _bytes_of(given: Submittable, card: ModelCard) -> tuple[bytes, str]:

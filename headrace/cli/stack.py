@@ -108,7 +108,7 @@ def _print_event(event: Event) -> None:
                 style="dim",
             )
         elif event.kind == "stopping":
-            console.print("stopping; Ctrl-C again ends it at once")
+            console.print(f"{event.text}; Ctrl-C again ends it at once", markup=False)
     elif event.kind != "started":
         after = f" {event.seconds:.1f} s" if event.kind == "ready" else ""
         style = {"ready": "green", "stopped": "dim"}.get(event.kind, "yellow")

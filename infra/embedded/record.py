@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -77,14 +77,16 @@ def state_file(settings: Settings) -> Path:
 
 
 @contextmanager
-def held(settings: Settings) -> Iterator[None]:
+def held(settings: Settings) -> Iterator[Callable[[], bool]]:
     """Hold the data folder's lock. The kernel frees it when we die, however that happens.
 
-    Makes the folders. Raises PipelineError (stack_running) if another process holds it.
+    Gives a function that says whether the folder is still the one we hold: somebody may have
+    removed it. Makes the folders. Raises PipelineError (stack_running) if another process holds it.
     """
     for folder in (settings.data_dir, settings.data_dir / "run", settings.data_dir / "logs"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (settings.data_dir / "run" / "lock").open("a+") as lock:
+    path = settings.data_dir / "run" / "lock"
+    with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -93,7 +95,15 @@ def held(settings: Settings) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        yield
+        ours = os.fstat(lock.fileno())
+
+        def in_place() -> bool:
+            try:
+                return os.path.samestat(path.stat(), ours)
+            except OSError:
+                return False
+
+        yield in_place
 
 
 def stack_running(settings: Settings, pid: object) -> PipelineError:

@@ -31,14 +31,15 @@ Report = Callable[[Event], None]
 def run_stack(
     settings: Settings, report: Report, version: str, specs: Sequence[ChildSpec] | None = None
 ) -> None:
-    """Run the stack until SIGTERM, SIGINT or SIGHUP; a second one ends it at once.
+    """Run the stack until SIGTERM, SIGINT or SIGHUP (a second one ends it at once), or until its
+    data folder is removed.
 
     In the main thread only, which must stay the only one: children are made by fork.
     report: called with each event; those of the whole stack have the child's name "stack".
     specs: the stack's own by default. Raises PipelineError (stack_running, redis_server_missing,
     socket_folder_unsafe, orphan_remains).
     """
-    with held(settings), StopSignals() as signals:
+    with held(settings) as in_place, StopSignals() as signals:
         end_orphans(settings, report)
         specs = child_specs(settings) if specs is None else specs
         for spec in specs:
@@ -46,14 +47,15 @@ def run_stack(
         supervisor = Supervisor(specs, settings.data_dir / "logs", report)
         record = Record(settings, version)
         try:
-            while not signals.requests:
+            while not signals.requests and in_place():
                 supervisor.tick()
                 ready_s = record.update(supervisor.describe())
                 if ready_s is not None:
                     report(Event("ready", "stack", "ready", ready_s))
                 signals.wait(supervisor.pause_s())
         finally:
-            report(Event("stopping", "stack", "stopping"))
+            why = "" if in_place() else ": its data folder is gone"
+            report(Event("stopping", "stack", f"stopping{why}"))
 
             def wait(timeout_s: float) -> None:
                 record.update(supervisor.describe(), stopping=True)

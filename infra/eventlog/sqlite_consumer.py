@@ -153,7 +153,7 @@ class SqliteConsumer:
         connection = self._connection
         with self._file.transaction(connection):
             connection.execute(
-                "INSERT INTO groups VALUES (?, 1) ON CONFLICT DO UPDATE SET epoch = epoch + 1",
+                "INSERT INTO groups VALUES (?, 1) ON CONFLICT(grp) DO UPDATE SET epoch = epoch + 1",
                 (self._group,),
             )
             connection.executemany(

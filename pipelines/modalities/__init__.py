@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -111,8 +111,7 @@ def _find(kind: Kind, name: str) -> Factory:
     if factory := _factories.get((kind, name)):
         return factory
     for entry in entry_points(group=ENTRY_POINTS, name=name):
-        custom: Factory = entry.load()
-        return custom
+        return _load(entry)
     known = sorted(n for k, n in _factories if k == kind)
     custom_names = sorted(entry.name for entry in entry_points(group=ENTRY_POINTS))
     raise InvalidModel(
@@ -120,6 +119,17 @@ def _find(kind: Kind, name: str) -> Factory:
         f"no {kind} step is called `{name}`; there are {', '.join(known)};"
         f" installed by entry point: {', '.join(custom_names) or 'none'}",
     )
+
+
+def _load(entry: EntryPoint) -> Factory:
+    try:
+        factory: Factory = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise InvalidModel(
+            "model_step_unknown",
+            f"{entry.name}: expected the step at {entry.value}, which cannot be imported: {error}",
+        ) from error
+    return factory
 
 
 def _checked(name: str, factory: Factory, params: dict[str, Any]) -> dict[str, Any]:
@@ -156,10 +166,12 @@ def _words(parameter: inspect.Parameter, wanted: Any) -> str:
 
 
 def _hints(factory: Factory) -> dict[str, Any]:
+    made_by: Any = factory
     try:
         return get_type_hints(
-            vars(factory)["__init__"] if inspect.isclass(factory) else factory, include_extras=True
+            made_by.__init__ if inspect.isclass(made_by) else made_by, include_extras=True
         )
-    except NameError:
-        # A custom step may import the types of its signature for the type checker alone.
+    except (NameError, TypeError):
+        # A custom step may import the types of its signature for the type checker alone, or be
+        # an object without any.
         return {}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipelines.bundle import Bundle
 from pipelines.engines.engine import Array, Engine
 from pipelines.modalities import postprocess_step, run_step
+from pipelines.modalities.text import load_tokenizer
 from schemas.errors import InvalidModel
 
 Row = dict[str, Array]
@@ -128,26 +129,10 @@ def _logprobs(logits: Floats, token: Tokens) -> Floats:
 @postprocess_step("detokenize")
 def detokenize(bundle: Bundle) -> Callable[[Row], dict[str, Any]]:
     """Tokens int64[T] and their mean logprob to a transcription, by the bundle's `tokenizer`."""
-    tokenizer = _tokenizer(bundle)
+    tokenizer = load_tokenizer(bundle)
 
     def transcription(row: Row) -> dict[str, Any]:
         text = tokenizer.decode(row["tokens"].tolist()).strip()
         return {"type": "transcription", "text": text, "probability": math.exp(row["logprob"])}
 
     return transcription
-
-
-def _tokenizer(bundle: Bundle) -> Any:
-    from tokenizers import Tokenizer
-
-    if bundle.config.tokenizer is None:
-        raise InvalidModel(
-            "model_step_invalid", "detokenize: expected `tokenizer: tokenizer.json` in model.yaml"
-        )
-    path = bundle.path(bundle.config.tokenizer)
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise InvalidModel(
-            "model_tokenizer_invalid", f"{path}: expected a tokenizer.json, came: {error}"
-        ) from error

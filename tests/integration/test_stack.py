@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -105,6 +107,12 @@ def start(data: Path) -> Iterator[Callable[..., Supervisor]]:
     yield make
     for supervisor in started:
         supervisor.kill_everything()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Other processes cannot be waited for but by looking. Bounded by the test's time limit."""
+    while not condition():
+        time.sleep(0.01)
 
 
 def environment(data: Path) -> dict[str, str]:
@@ -234,8 +242,7 @@ def test_children_end_with_a_killed_supervisor(start: Callable[..., Supervisor])
 
     supervisor.process.kill()
 
-    while any(start_of(pid) for pid in pids):
-        pass  # bounded by the test's time limit
+    until(lambda: not any(start_of(pid) for pid in pids))
 
 
 def test_a_child_that_does_not_stop_is_killed_and_that_is_said(
@@ -297,13 +304,27 @@ def test_without_a_stack_down_is_done_and_status_says_so(data: Path) -> None:
 
 
 def test_up_that_cannot_get_ready_says_why_and_leaves_nothing(data: Path) -> None:
-    (data / "log.db").mkdir()
+    (data / "redis.sock").mkdir()
 
-    _, said = headrace(data, "up", "--detach", "--timeout", "60", code=1)
+    _, said = headrace(data, "up", "--detach", code=1)
 
-    assert "log.db" in said
+    assert "Failed opening Unix socket" in said
     assert said.splitlines()[-1].startswith("error: The stack did not get ready")
     assert running_stack(load_settings(data_dir=data)) is None
+
+
+def test_a_stack_whose_data_folder_was_removed_stops(
+    start: Callable[..., Supervisor], data: Path
+) -> None:
+    supervisor = start(*THREE)
+    supervisor.until("ready stack")
+    pids = [child.pid for child in supervisor.state.children]
+
+    shutil.rmtree(data)
+
+    assert supervisor.rest()[0] == "stopping stack stopping: its data folder is gone"
+    assert [start_of(pid) for pid in pids] == [None] * 3
+    data.mkdir()
 
 
 def test_the_whole_stack_up_looked_at_and_down_by_the_command_line(data: Path) -> None:
@@ -339,10 +360,8 @@ def test_redis_is_restarted_behind_the_same_socket_even_in_a_deep_folder(
         state = running_stack(settings)
         assert state is not None
         os.kill(state.children[0].pid, signal.SIGKILL)
-        while not (
-            (state := running_stack(settings)) and state.healthy and state.children[0].restarts == 1
-        ):
-            pass  # bounded by the test's time limit
+        until(lambda: (state := running_stack(settings)) and state.children[0].restarts == 1)
+        until(lambda: (state := running_stack(settings)) and state.healthy)
         headrace(deep, "status")
     finally:
         headrace(deep, "down")

@@ -20,12 +20,12 @@ from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import mailbox, make_app
 from pipelines.bundle import Bundle
-from pipelines.engines import load_engine
 from pipelines.engines.cache import EngineCache
+from pipelines.load import load_model
 from pipelines.model import LoadedModel
 from schemas.errors import PipelineError, Transient
 from workers.inference.hand import Hand
-from workers.inference.residency import Residency, memory_bytes
+from workers.inference.residency import Residency
 from workers.inference.stages import Stages
 from workers.inference.task import BatchRunner
 from workers.inference.watchdog import Watchdog
@@ -87,17 +87,7 @@ class Worker:
         began = time.perf_counter()
         folder = self.catalogue.folder(self.catalogue.resolve(name, version))
         bundle = Bundle.open(folder, check_graphs=False)
-        engines = {
-            role: load_engine(
-                bundle.path(config.file),
-                config,
-                bundle.config.batch.buckets,
-                cache=self.cache,
-                threads=1,
-            )
-            for role, config in bundle.config.engines.items()
-        }
-        model = LoadedModel(bundle, engines)
+        model = load_model(bundle, self.cache, budget_bytes=self.settings.worker.memory_bytes)
         loaded = time.perf_counter()
         model.warm()
         logger.info(
@@ -105,7 +95,7 @@ class Worker:
             model=f"{name}/{version}",
             load_ms=round((loaded - began) * 1000, 1),
             warm_ms=round((time.perf_counter() - loaded) * 1000, 1),
-            memory_bytes=memory_bytes(model),
+            memory_bytes=model.memory_bytes,
         )
         return model
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from infra.logs import get_logger
 from pipelines.model import LoadedModel
-from schemas.errors import InferenceFailed
 
 Load = Callable[[str, int], LoadedModel]
 """Loads and warms a version of a model. Raises PipelineError."""
@@ -42,7 +41,7 @@ class Residency:
         try:
             with place.loading:
                 if place.model is None:
-                    place.model = self._fitting(name, version)
+                    place.model = self._load(name, version)
             yield place.model
         finally:
             self._leave(place)
@@ -55,14 +54,14 @@ class Residency:
     @property
     def memory_bytes(self) -> int:
         with self._lock:
-            return sum(memory_bytes(place.model) for place in self._places.values() if place.model)
+            return sum(place.model.memory_bytes for place in self._places.values() if place.model)
 
     def close(self) -> None:
         with self._lock:
             places, self._places = list(self._places.values()), OrderedDict()
         for place in places:
             if place.model:
-                close(place.model)
+                place.model.close()
 
     def _enter(self, name: str, version: int) -> _Place:
         with self._lock:
@@ -80,39 +79,18 @@ class Residency:
                 )
             dropped = self._over_budget()
         for model in dropped:
-            close(model)
-
-    def _fitting(self, name: str, version: int) -> LoadedModel:
-        model = self._load(name, version)
-        if memory_bytes(model) > self._budget_bytes:
-            needed = memory_bytes(model)
-            close(model)
-            raise InferenceFailed(
-                "model_too_large",
-                f"Model {name} version {version} needs {needed} bytes, the worker's budget is "
-                f"{self._budget_bytes}; raise HEADRACE_WORKER__MEMORY_BYTES.",
-            )
-        return model
+            model.close()
 
     def _over_budget(self) -> list[LoadedModel]:
         """Take out idle models, least recently used first, until the rest fit."""
-        held = sum(memory_bytes(place.model) for place in self._places.values() if place.model)
+        held = sum(place.model.memory_bytes for place in self._places.values() if place.model)
         dropped: list[LoadedModel] = []
         for key, place in list(self._places.items()):
             if held <= self._budget_bytes:
                 break
             if place.users == 0 and place.model is not None:
-                held -= memory_bytes(place.model)
+                held -= place.model.memory_bytes
                 dropped.append(place.model)
                 del self._places[key]
                 logger.info("model_dropped", model=key[0], version=key[1])
         return dropped
-
-
-def memory_bytes(model: LoadedModel) -> int:
-    return sum(engine.memory_bytes for engine in model.engines.values())
-
-
-def close(model: LoadedModel) -> None:
-    for engine in model.engines.values():
-        engine.close()

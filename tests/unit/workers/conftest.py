@@ -313,23 +313,25 @@ class FakeMailboxes:
 
 
 class FakeView:
-    """What `infra.job_view.JobView` does. told: notices, by client."""
+    """What `infra.job_view.JobView` does. told: notices, by client. ttls_s: of what was shown as ended."""
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
         self.told: dict[str, list[str]] = defaultdict(list)
+        self.ttls_s: list[int] = []
         self.forget()
 
     def forget(self) -> None:
         self.values: dict[str, bytes] = {}
         self.mark: float | None = None
 
-    def running(self, values: dict[str, bytes]) -> None:
-        with _Call(self._faults, "view.running"):
-            self.values |= values
+    def show(self, outcomes: Sequence[tuple[str, bytes]], ttl_s: int) -> None:
+        with _Call(self._faults, "view.show"):
+            self.values |= dict(outcomes)
 
-    def ended(self, jobs: Sequence[Ended], complete_to: float | None) -> bool:
+    def ended(self, jobs: Sequence[Ended], ttl_s: int, complete_to: float | None) -> bool:
         with _Call(self._faults, "view.ended"):
+            self.ttls_s.append(ttl_s)
             for job in jobs:
                 self.values[job.job_id] = job.value
                 if job.reply_to:
@@ -338,10 +340,6 @@ class FakeView:
                 return True
             before, self.mark = self.mark, complete_to
             return before is not None
-
-    def restore(self, values: Sequence[tuple[str, bytes]]) -> None:
-        with _Call(self._faults, "view.restore"):
-            self.values |= dict(values)
 
     def complete_to(self) -> float | None:
         with _Call(self._faults, "view.complete_to"):

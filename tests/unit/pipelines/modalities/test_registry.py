@@ -40,6 +40,7 @@ def custom_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foo\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[headrace.steps]\nshout = foo_steps:shout\ncounter = foo_steps:Counter\n"
+        "absent = foo_steps:absent\nbroken = no_such_module:step\n"
     )
     monkeypatch.syspath_prepend(site)
     monkeypatch.delitem(sys.modules, "foo_steps", raising=False)
@@ -124,7 +125,19 @@ def test_parameters_of_custom_steps_are_checked_too(
 
 @pytest.mark.usefixtures("custom_steps")
 def test_an_unknown_step_names_the_installed_ones(make_bundle: MakeBundle) -> None:
-    assert "by entry point: counter, shout" in refusal(make_bundle(preprocess="[smell]")).message
+    assert (
+        "by entry point: absent, broken, counter, shout"
+        in refusal(make_bundle(preprocess="[smell]")).message
+    )
+
+
+@pytest.mark.usefixtures("custom_steps")
+@pytest.mark.parametrize("name", ["absent", "broken"])
+def test_a_custom_step_that_cannot_be_imported_is_named(make_bundle: MakeBundle, name: str) -> None:
+    error = refusal(make_bundle(preprocess=f"[{name}]"))
+    assert error.code == "model_step_unknown"
+    assert "model.yaml:6: " + name in error.message
+    assert "cannot be imported" in error.message
 
 
 def test_forward_wants_one_engine(make_bundle: MakeBundle, bundle_folder: Path) -> None:

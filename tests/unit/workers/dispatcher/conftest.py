@@ -25,11 +25,11 @@ from workers.dispatcher.loop import Dispatcher
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes, RetryPolicy
 from workers.dispatcher.settle import Settlement
-from workers.dispatcher.view_writer import ViewWriter
+from workers.dispatcher.view_writer import ViewTtl, ViewWriter
 
 LEASE_S = 10.0
 RETRY_BASE_S, RETRY_CAP_S = 0.5, 60.0
-VIEW_TTL_S = 3600
+VIEW_TTL_S, VIEW_JOBS = 3600, 500_000
 MAX_DEADLINE_S = 3 * 24 * 3600.0
 
 
@@ -184,7 +184,7 @@ def make_world(
         memory = JobMemory(keys_window_s, keys_most)
         batcher = Batcher(LaneClock(), batch_bytes)
         leases = Leases(LEASE_S)
-        view_writer = ViewWriter(view, log, VIEW_TTL_S)
+        view_writer = ViewWriter(view, log, ViewTtl(VIEW_TTL_S, VIEW_JOBS))
         outcomes = Outcomes(consumer, memory, view_writer, RetryPolicy(RETRY_BASE_S, RETRY_CAP_S))
         settlement = Settlement(leases, memory, batcher, outcomes)
         admitter = Admitter(models.resolve, memory, MAX_DEADLINE_S)
@@ -194,7 +194,6 @@ def make_world(
             lease_s=LEASE_S,
             fleet=fleet,
             mailboxes=mailboxes,
-            view=view,
             view_writer=view_writer,
             intake=intake,
             batcher=batcher,

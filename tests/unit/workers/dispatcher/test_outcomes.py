@@ -205,9 +205,9 @@ def test_the_view_is_told_after_the_log_has_it(
     seen: list[dict[str, str]] = []
     show = world.view.ended
 
-    def ended(jobs: Any, complete_to: Any) -> Any:
+    def ended(*told: Any) -> Any:
         seen.append(world.log.statuses())
-        return show(jobs, complete_to)
+        return show(*told)
 
     monkeypatch.setattr(world.view, "ended", ended)
     world.outcomes.commit(noon)

@@ -12,14 +12,14 @@ from infra.job_view import Ended
 from schemas.jobs import Job
 from schemas.results import encode_outcome, outcome_of
 from schemas.topics import RESULTS
-from workers.dispatcher.view_writer import REBUILD_CHUNK, ViewWriter
+from workers.dispatcher.view_writer import REBUILD_CHUNK, ViewTtl, ViewWriter
 
 TTL_S = 3600
 
 
 @pytest.fixture
 def writer(view: Any, log: Any) -> ViewWriter:
-    return ViewWriter(view, log, TTL_S)
+    return ViewWriter(view, log, ViewTtl(TTL_S, 1_000_000))
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_loss_between_reading_the_mark_and_setting_it_is_noticed(
     assert view.statuses() == {"a": "succeeded"}
 
 
-@pytest.mark.parametrize("call", ["view.ended", "view.restore", "view.complete_to", "log.read"])
+@pytest.mark.parametrize("call", ["view.ended", "view.show", "view.complete_to", "log.read"])
 @pytest.mark.parametrize("answer_lost", [False, True])
 def test_whatever_fails_the_view_has_it_all_in_the_end(
     writer: ViewWriter,
@@ -198,3 +198,39 @@ def test_a_view_that_has_everything_is_left_alone(
     writer.catch_up(clock.wall())
 
     assert view.values == {}
+
+
+# ── how long ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_few_jobs_are_shown_for_as_long_as_is_allowed(noon: float) -> None:
+    ttl = ViewTtl(longest_s=3600, most_jobs=10_000)
+    for second in range(100):
+        ttl.count(second % 2, noon + second)
+        assert ttl.seconds == 3600
+
+
+@pytest.mark.parametrize(("per_second", "shown_s"), [(1, 1000), (10, 100), (1000, 60)])
+def test_the_more_jobs_end_the_shorter_they_are_shown(
+    noon: float, per_second: int, shown_s: int
+) -> None:
+    ttl = ViewTtl(longest_s=3600, most_jobs=1000)
+    for second in range(60):
+        ttl.count(per_second, noon + second)
+
+    assert ttl.seconds == pytest.approx(shown_s, rel=0.15)
+
+
+def test_after_a_rush_they_are_shown_longer_again(noon: float) -> None:
+    ttl = ViewTtl(longest_s=3600, most_jobs=1000)
+    for second in range(60):
+        ttl.count(100 if second < 30 else 0, noon + second)
+
+    assert ttl.seconds == 3600
+
+
+def test_a_clock_that_is_set_back_stops_no_job_from_being_shown(noon: float) -> None:
+    ttl = ViewTtl(longest_s=3600, most_jobs=1000)
+    for now in (noon, noon + 60, noon - 600, noon - 590, noon - 580):
+        ttl.count(1, now)
+        assert 60 <= ttl.seconds <= 3600

@@ -1,0 +1,45 @@
+"""From a bundle to a model that answers: engines out of the cache, steps made. For workers and for `models add`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from pipelines.bundle import Bundle
+from pipelines.engines import EngineCache, load_engine
+from pipelines.engines.engine import Engine
+from pipelines.model import LoadedModel
+from schemas.errors import InvalidModel
+
+
+def load_model(
+    bundle: Bundle, cache: EngineCache, *, budget_bytes: int, force: bool = False
+) -> LoadedModel:
+    """Load every engine of a bundle, compiled first where the cache has none. The caller closes the model.
+
+    budget_bytes: most engine memory it may take. force: compile again what failed to a moment ago.
+    Raises InvalidModel, DeviceOutOfMemory, and Transient from the cache; then nothing stays loaded.
+    """
+    with ExitStack() as loaded:
+        engines: dict[str, Engine] = {}
+        for role, config in bundle.config.engines.items():
+            buckets = bundle.config.batch.buckets
+            engine = load_engine(
+                bundle.path(config.file), config, buckets, cache=cache, force=force
+            )
+            loaded.callback(engine.close)
+            engines[role] = engine
+        _check_memory(bundle, engines, budget_bytes)
+        model = LoadedModel(bundle, engines)
+        loaded.pop_all()
+    return model
+
+
+def _check_memory(bundle: Bundle, engines: dict[str, Engine], budget_bytes: int) -> None:
+    needed_bytes = sum(engine.memory_bytes for engine in engines.values())
+    if needed_bytes > budget_bytes:
+        raise InvalidModel(
+            "model_too_large",
+            f"Expected engines of at most {budget_bytes} bytes, which is what a worker may hold"
+            f" (HEADRACE_WORKER__MEMORY_BYTES), came {needed_bytes} for {bundle.config.name}; raise it"
+            " or use a smaller model.",
+        )
