@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 TIMEOUT_S = 300
 RAMP_S = 1.0
-GROUP_MOST = 500
+GROUP_LEAST, GROUP_MOST = 64, 500
 AHEAD = 4
 
 Payloads = Sequence[bytes] | Sequence[str]
@@ -57,7 +57,7 @@ def alone(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 def stream(settings: Settings, model: str, payloads: Payloads, jobs: int) -> Streamed:
     """Submit so many jobs, the payloads over and over, at most AHEAD groups without their results."""
-    group = min(GROUP_MOST, max(1, jobs // 24))
+    group = min(GROUP_MOST, max(GROUP_LEAST, jobs // 24))
     with Client(settings=settings) as client:
         _finish(client, client.submit_many(model, payloads[:1]))  # connections are open now
         meter = CpuMeter(stack_processes(settings))

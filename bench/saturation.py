@@ -1,6 +1,8 @@
 """Jobs a second, end to end through the public client, over a plain loop in a process per core.
 
-The loop runs the batch size that is fastest for it, and nothing is stored or sent. Plain and headrace take turns, so that what else runs on the machine hits both. `by CPU time`
+The loop runs the batch size that is fastest for it, and nothing is stored or sent.
+
+Plain and headrace take turns, so that what else runs on the machine hits both. `by CPU time`
 compares what a job costs in CPU, which is the ratio that a machine without other work would show.
 """
 

@@ -39,7 +39,7 @@ def _check_memory(bundle: Bundle, engines: dict[str, Engine], budget_bytes: int)
     if needed_bytes > budget_bytes:
         raise InvalidModel(
             "model_too_large",
-            f"Expected engines of at most {budget_bytes} bytes, which is what a worker may hold"
-            f" (HEADRACE_WORKER__MEMORY_BYTES), came {needed_bytes} for {bundle.config.name}; raise it"
-            " or use a smaller model.",
+            f"{bundle.config.name}: expected engines of at most {budget_bytes} bytes, which is what a"
+            f" worker may hold (HEADRACE_WORKER__MEMORY_BYTES), came {needed_bytes}; raise it or use a"
+            " smaller model.",
         )

@@ -23,9 +23,9 @@ COMMANDS = {
     "up": Entry("headrace.cli.stack", "up", "Start the embedded stack."),
     "down": Entry("headrace.cli.stack", "down", "Stop the embedded stack."),
     "status": Entry("headrace.cli.status", "status", "Show what runs and what waits."),
-    "doctor": Entry("headrace.cli.doctor", "doctor", "Check this machine and its settings."),
+    "doctor": Entry("headrace.cli.doctor", "doctor", "Check this machine and the settings."),
     "demo": Entry("headrace.cli.demo", "demo", "Run photographs, sentences and speech through it."),
-    "jobs": Entry("headrace.cli.jobs", "app", "Submit jobs, wait for them, look into them."),
+    "jobs": Entry("headrace.cli.jobs", "app", "Submit jobs and see what became of them."),
     "models": Entry("headrace.cli.models", "app", "Add, list, show and remove models."),
 }
 

@@ -60,7 +60,10 @@ Check = Callable[[Settings], Finding]
 
 @handle_errors
 def doctor(data: Data = None, json: Json = False) -> None:
-    """Check this machine and the settings; say what to do. Exit code 1: something will not work."""
+    """Check this machine and the settings.
+
+    Says what to do where something is not well. Exit code 1: something will not work.
+    """
     results = examine(settings_for(data))
     if json:
         print_json(results)
@@ -200,7 +203,7 @@ def open_files(_settings: Settings) -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = "no limit" if soft == resource.RLIM_INFINITY else f"{soft} files"
     if soft != resource.RLIM_INFINITY and soft < LEAST_OPEN_FILES:
-        return Finding("warn", found, f"Raise it before `headrace up`: ulimit -n {4096}.")
+        return Finding("warn", found, "Raise it before `headrace up`: ulimit -n 4096.")
     return Finding("ok", found)
 
 

@@ -25,7 +25,6 @@ output = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 FAILED, USER_ERROR, UNAVAILABLE, TIMEOUT, INTERRUPTED = 1, 2, 3, 4, 130
 
 USER_ERROR_CODES = frozenset({"settings_invalid", "stack_running"})
-TIMEOUT_CODES = frozenset({"timeout", "wait_timeout"})
 
 
 def print_json(value: object, *, line: bool = False) -> None:
@@ -53,7 +52,7 @@ def exit_code(error: BaseException) -> int:
     code = error.code if isinstance(error, PipelineError) else ""
     if isinstance(error, InvalidJob | InvalidModel) or code in USER_ERROR_CODES:
         return USER_ERROR
-    if isinstance(error, TimeoutError) or code in TIMEOUT_CODES:
+    if isinstance(error, TimeoutError):
         return TIMEOUT
     if isinstance(error, Transient | Backpressure):
         return UNAVAILABLE

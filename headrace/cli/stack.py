@@ -44,7 +44,7 @@ def up(
         float, typer.Option("--timeout", min=1, help="With --detach: seconds to get ready in.")
     ] = 300,
 ) -> None:
-    """Start the embedded stack: Redis, dispatcher and workers, on one data folder."""
+    """Start the embedded stack. Redis, a dispatcher and workers, with their data in one folder."""
     chosen = {"stack": {"workers": workers}} if workers else {}
     settings = settings_for(data, **chosen)
     if detach:
@@ -55,7 +55,7 @@ def up(
 
 @handle_errors
 def down(data: Data = None) -> None:
-    """Stop the embedded stack: what runs is finished, what waits stays in the log."""
+    """Stop the embedded stack. What runs is finished, what waits stays in the log."""
     settings = settings_for(data)
     state = running_stack(settings)
     if state is None:

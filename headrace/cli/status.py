@@ -66,7 +66,10 @@ class Status(Struct, frozen=True):
 
 @handle_errors
 def status(data: Data = None, json: Json = False) -> None:
-    """Show what runs and what waits. Exit code 0: all is well. 3: not running, or not all of it."""
+    """Show what runs and what waits.
+
+    Exit code 0: all is well. 3: the stack is not running, or not all of it.
+    """
     settings = settings_for(data)
     stack = running_stack(settings)
     if stack is None:

@@ -22,16 +22,16 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import structlog
 from msgspec import Struct
 
+from infra.logs import get_logger
 from pipelines.engines.locks import Lease, exclusive
 from pipelines.engines.manifest import ARTEFACT, fault_of, read_json, seal, write_json
 from schemas.errors import InvalidModel, Transient
 
 Build = Callable[[Path], None]
 
-_log = structlog.get_logger(__name__)
+_log = get_logger("engines")
 
 
 class Artefact(NamedTuple):
