@@ -9,6 +9,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -87,16 +88,16 @@ class Settings(BaseSettings):
 
     @property
     def log_address(self) -> str:
-        return self.log_url or f"sqlite:///{self.data_dir / 'log.db'}"
+        return self.log_url or f"sqlite://{quote(str(self.data_dir / 'log.db'))}"
 
     @property
     def objects_address(self) -> str:
-        return self.objects_url or f"file://{self.data_dir / 'objects'}"
+        return self.objects_url or (self.data_dir / "objects").as_uri()
 
     @property
     def redis_address(self) -> str:
         """Secret: it may hold a password. Never logged, never a process argument."""
-        return self.redis_url.get_secret_value() or f"unix://{self.redis_socket}"
+        return self.redis_url.get_secret_value() or f"unix://{quote(str(self.redis_socket))}"
 
     @property
     def redis_socket(self) -> Path:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 STEPS = ROOT / "tests" / "e2e" / "steps"
-PATIENCE_S = 60.0
+PATIENCE_S = 30.0
 """How long a test waits for what must come. Not an expectation: nothing passes by waiting longer."""
 
 TENSOR_YAML = """\

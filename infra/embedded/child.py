@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra.embedded.processes import end_with_parent, start_of
+from infra.embedded.processes import end_with_parent, send_signal, start_of
 from infra.embedded.record import ChildState, State
 
 BACKOFF_BASE_S = 0.2
@@ -97,13 +97,8 @@ class Child:
         self.start = start_of(self.process.pid) or 0.0
 
     def send(self, signum: signal.Signals) -> None:
-        """Signal it, if it runs; SIGKILL takes along whatever it started."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        if signum == signal.SIGKILL:
-            os.killpg(self.process.pid, signum)
-        else:
-            self.process.send_signal(signum)
+        if self.process is not None and self.process.poll() is None:
+            send_signal(self.process.pid, signum)
 
     def got_ready(self, now: float) -> float:
         """Returns how long it took."""

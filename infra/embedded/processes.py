@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +36,16 @@ def start_of(pid: int) -> float | None:
         return None
     state, *fields = stat.rpartition(")")[2].split()
     return None if state in "ZX" else float(fields[18])
+
+
+def send_signal(pid: int, signum: signal.Signals) -> None:
+    """Signal a process that leads a session of its own, if it is there; SIGKILL takes along
+    whatever it started."""
+    with suppress(ProcessLookupError):
+        if signum == signal.SIGKILL:
+            os.killpg(pid, signum)
+        else:
+            os.kill(pid, signum)
 
 
 def describe_exit(exit_status: int) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from pydantic import SecretStr
 
 from infra.embedded import announced_ready, ready_file, redis_server
 from infra.embedded.child import ChildSpec
-from infra.embedded.processes import StopSignals, start_of
+from infra.embedded.processes import StopSignals, send_signal, start_of
 from infra.embedded.record import ChildState, Record, held, recorded_stack, state_file
 from infra.embedded.supervisor import Event, Supervisor
 from infra.settings import Section, Settings
@@ -105,8 +103,7 @@ def end_orphans(settings: Settings, report: Report) -> None:
         report(Event("killed", child.name, text))
     for signum, patience_s in ((signal.SIGTERM, ORPHAN_TERM_S), (signal.SIGKILL, ORPHAN_KILL_S)):
         for child in filter(_lives, orphans):
-            with suppress(ProcessLookupError):
-                os.kill(child.pid, signum)
+            send_signal(child.pid, signum)
         deadline = time.monotonic() + patience_s
         while any(map(_lives, orphans)) and time.monotonic() < deadline:
             time.sleep(ORPHAN_POLL_S)

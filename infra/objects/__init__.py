@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
+from urllib.parse import unquote
 
 from schemas.errors import InvalidJob, PipelineError
 from schemas.payloads import Ref
@@ -74,12 +75,12 @@ class ObjectExists(Exception):
 
 
 def open_objects(url: str) -> ObjectStore:
-    """The store at `file:///folder`, made at the first put; the path is not percent-decoded."""
+    """The store at `file:///folder`, made at the first put; the path is percent-decoded."""
     scheme, separator, rest = url.partition("://")
     if scheme == "file" and separator and rest.startswith("/"):
         from infra.objects.files import FileObjects
 
-        return FileObjects(Path(rest))
+        return FileObjects(Path(unquote(rest)))
     raise PipelineError(
         "settings_invalid", f"Object store: expected file:///an/absolute/folder, came {url!r}."
     )

@@ -40,7 +40,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 _FATAL = 4  # errors come as exceptions; the library would print each a second time
-_OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "BFCArena")
+_OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory")
 _DISK_FULL = ("Failed to write external initializers", "Protobuf serialization failed")
 
 
@@ -88,7 +88,6 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.execution_mode = self._ort.ExecutionMode.ORT_SEQUENTIAL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = _FATAL
         return options
 
     def _session(self, model: Path, options: Any) -> Any:

@@ -12,13 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from infra.embedded.processes import start_of
-from infra.embedded.record import StackState, running_stack
+from headrace.cli import app
+from infra.embedded.processes import send_signal, start_of
+from infra.embedded.record import StackState, recorded_stack, running_stack
 from infra.settings import load_settings
 
 SUPERVISOR = """
@@ -81,12 +82,12 @@ class Supervisor:
         return next(child.pid for child in self.state.children if child.name == name)
 
     def kill_everything(self) -> None:
-        pids = [child.pid for child in self.state.children] if self.process.poll() is None else []
+        state = running_stack(self.settings)
         self.process.kill()
-        for pid in filter(None, pids):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         self.process.communicate()
+        for child in state.children if state else []:
+            if child.pid:
+                send_signal(child.pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -218,20 +219,19 @@ def test_after_a_kill_of_the_supervisor_its_orphans_are_ended_and_a_new_stack_st
 
 
 def test_down_ends_what_a_killed_supervisor_left(
-    start: Callable[..., Supervisor], data: Path
+    start: Callable[..., Supervisor], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    supervisor = start("redis=" + STAYS)
+    supervisor = start("redis=" + STUBBORN)
     supervisor.until("ready stack")
     orphan = supervisor.pid("redis")
-    os.kill(orphan, signal.SIGSTOP)  # it cannot follow its parent by itself
     supervisor.process.kill()
     supervisor.process.wait()
+    monkeypatch.setattr("infra.embedded.stack.ORPHAN_TERM_S", 0.2)
 
-    os.kill(orphan, signal.SIGCONT)
-    _, said = headrace(data, "down")
+    assert CliRunner().invoke(app, ["down", "--data", str(data)]).exit_code == 0
 
-    assert "No stack is running" in said
     assert start_of(orphan) is None
+    assert recorded_stack(supervisor.settings) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the parent-death signal")
@@ -292,6 +292,9 @@ def test_status_says_what_fails_with_its_last_words(
     assert failing["state"]["last_exit"] == "exit code 7"
     assert failing["last_lines"].endswith("no model here")
     assert not found["healthy"]
+    table, said = headrace(data, "status", code=3)
+    assert "never-ready" in table
+    assert "no model here" in said
 
 
 def test_without_a_stack_down_is_done_and_status_says_so(data: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from pipelines.engines import Engine, EngineCache, load_engine
 from pipelines.engines.onnxruntime import OnnxRuntime
@@ -162,9 +163,25 @@ FULL_DISK = """if True:
 def test_a_full_disk_is_a_clear_error_and_leaves_nothing(
     classifier: MakeModel, tmp_path: Path, limit_bytes: int
 ) -> None:
-    command = [sys.executable, "-c", FULL_DISK]
+    expect_a_full_disk(classifier(), tmp_path / "cache", limit_bytes)
+
+
+def test_a_disk_too_full_for_the_graph_alone_is_the_same_error(
+    save_graph: MakeModel, tmp_path: Path
+) -> None:
+    nodes = [
+        helper.make_node("Neg" if n % 2 else "Relu", [f"t{n}"], [f"t{n + 1}"]) for n in range(200)
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N"]) for name in ("t0", "t200")
+    ]
+    model = save_graph("no_weights.onnx", helper.make_graph(nodes, "chain", ends[:1], ends[1:]))
+    expect_a_full_disk(model, tmp_path / "cache", limit_bytes=1000)
+
+
+def expect_a_full_disk(model: Path, root: Path, limit_bytes: int) -> None:
     done = subprocess.run(
-        [*command, classifier(), tmp_path / "cache", str(limit_bytes)],
+        [sys.executable, "-c", FULL_DISK, model, root, str(limit_bytes)],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -196,8 +213,6 @@ OUT_OF_MEMORY = """if True:
 def test_a_machine_without_enough_memory_for_the_weights_may_be_retried(
     save_graph: MakeModel, tmp_path: Path
 ) -> None:
-    from onnx import TensorProto, helper, numpy_helper
-
     weights = numpy_helper.from_array(np.ones((4096, 2048), np.float32), "w")  # 32 MB
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipelines.engines.engine import DeviceOutOfMemory, Profile
-from pipelines.engines.onnxruntime import OnnxRuntime
+from pipelines.engines.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from schemas.errors import InferenceFailed, InvalidModel
 
 MakeModel = Callable[..., Path]
@@ -103,19 +103,19 @@ def test_weights_inside_branches_are_kept(
 def test_a_model_that_lists_its_weights_as_inputs_asks_for_none_of_them(
     backend: OnnxRuntime, save_graph: MakeModel, artefact: Path
 ) -> None:
-    shape = numpy_helper.from_array(np.array([4, 4]), "shape")
+    shapes = ("shape1", "shape2")  # equal: the optimiser keeps one of them
+    nodes = [helper.make_node("ConstantOfShape", [shape], [f"of_{shape}"]) for shape in shapes]
+    nodes.append(helper.make_node("MatMul", ["x", "of_shape1"], ["h"]))
+    nodes.append(helper.make_node("MatMul", ["h", "of_shape2"], ["y"]))
     graph = helper.make_graph(
-        [
-            helper.make_node("ConstantOfShape", ["shape"], ["w"]),
-            helper.make_node("MatMul", ["x", "w"], ["y"]),
-        ],
+        nodes,
         "old",
         [
             helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4]),
-            helper.make_tensor_value_info("shape", TensorProto.INT64, [2]),
+            *[helper.make_tensor_value_info(shape, TensorProto.INT64, [2]) for shape in shapes],
         ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
-        [shape],
+        [numpy_helper.from_array(np.array([4, 4]), shape) for shape in shapes],
     )
     backend.compile(save_graph("old.onnx", graph, ir_version=3), PROFILE, artefact)
     engine = backend.load(artefact, threads=1)
@@ -213,6 +213,28 @@ def test_a_run_without_enough_memory_may_be_retried(
     assert engine.run({"shape": np.array([3])})["y"].shape == (3,)
 
 
+class FailingSession:
+    """Stands for a session of the vendor's library that raises what it is given."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def get_inputs(self) -> list[object]:
+        return []
+
+    def get_outputs(self) -> list[object]:
+        return []
+
+    def run(self, *_: object) -> list[np.ndarray]:
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc")])
+def test_running_out_of_memory_in_other_words_may_be_retried_too(error: Exception) -> None:
+    with pytest.raises(DeviceOutOfMemory):
+        OnnxRuntimeEngine(FailingSession(error), memory_bytes=0).run({})
+
+
 def test_the_fingerprint_tells_this_machine() -> None:
     fingerprint = OnnxRuntime().fingerprint()
     assert fingerprint == OnnxRuntime().fingerprint()
@@ -225,7 +247,7 @@ def test_nothing_is_imported_before_a_model_needs_it_and_no_telemetry_ever(tmp_p
         import sys
         import pipelines.engines
         assert not {"onnxruntime", "onnx"} & sys.modules.keys()
-        from pipelines.engines.onnxruntime import OnnxRuntime
+        from pipelines.engines.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
         assert "onnxruntime" not in sys.modules
         OnnxRuntime()
         assert "onnxruntime" in sys.modules and "onnx" not in sys.modules

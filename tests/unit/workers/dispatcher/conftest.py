@@ -117,10 +117,6 @@ class World:
             except Transient:
                 continue
 
-    def restart_after(self, seconds: float) -> None:
-        self.clock.advance(seconds)
-        self.step()
-
     # ── workers ──────────────────────────────────────────────────────────────────────────────────
 
     def offer(self, slots: int = 1, seat: Seat = "any", worker: str = "w") -> list[SlotToken]:
@@ -153,10 +149,10 @@ class World:
             self.report(batch)
         return batches
 
-    def running(self) -> list[str]:
-        """Ids of jobs in batches whose lease stands."""
-        live = [self.fleet.fetch(batch_id) for batch_id in list(self.fleet.leases)]
-        return sorted(item.job_id for batch in live if batch for item in batch.items)
+    def runnable(self) -> list[str]:
+        """Ids of jobs in batches that a worker was told of and whose lease stands."""
+        told = [self.fleet.fetch(batch_id) for _, batch_id, _ in self.mailboxes.sent]
+        return sorted(item.job_id for batch in told if batch for item in batch.items)
 
 
 @pytest.fixture

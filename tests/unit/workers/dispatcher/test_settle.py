@@ -75,9 +75,7 @@ def test_each_item_ends_for_itself(world: Any, run: Any, make_job: MakeJob) -> N
 def test_a_passing_failure_is_retried_until_the_attempts_are_used_up(
     world: Any, run: Any, make_job: MakeJob
 ) -> None:
-    for attempt in range(3):
-        run(make_job(id=str(attempt), attempt=0)) if attempt == 0 else None
-        break
+    run(make_job(id="a"))
     settle(world, PASSING)
     (first,) = retried(world)
     assert (first.attempt, first.suspect) == (1, False)
@@ -91,7 +89,7 @@ def test_a_passing_failure_is_retried_until_the_attempts_are_used_up(
         settle(world, PASSING)
 
     assert [job.attempt for job in retried(world)] == [1, 2]
-    assert letters(world) == {"0": "storage_unavailable"}
+    assert letters(world) == {"a": "storage_unavailable"}
     (outcome,) = world.log.outcomes()
     assert (outcome.status, outcome.code, outcome.attempts) == ("failed", "storage_unavailable", 3)
     (letter,) = world.log.records["jobs.text.standard.dlq"]
