@@ -154,9 +154,10 @@ class EngineCache:
 
     def _discard(self, key: str) -> None:
         """Remove an entry, under its lock. Whoever has its files open or mapped keeps them."""
-        with suppress(FileNotFoundError):
+        entry = self._entry(key)
+        if entry.exists():
             doomed = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self._building))
-            self._entry(key).rename(doomed)
+            entry.rename(doomed)
             shutil.rmtree(doomed)
 
     def _remember(self, key: str, error: InvalidModel) -> None:

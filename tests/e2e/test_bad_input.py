@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
+import soundfile
 from PIL import Image
 
 from examples.models import samples, whisper
@@ -61,7 +62,9 @@ def png_that_says(width: int, height: int) -> bytes:
     """A PNG of a few hundred bytes with a size of its own choice in its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(100_000))
@@ -239,7 +242,7 @@ BAD_SOUNDS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "cut off": (lambda: wav_that_says(20), "audio_truncated", "ends after 1.0 s"),
     "a photograph": (lambda: saved(coffee(), "PNG"), "audio_unreadable", "a PNG image"),
     "text": (lambda: b"RIFF or not", "audio_unreadable", "a RIFF file"),
-    "damaged": (lambda: wav(bytes(3200))[:30], "audio_unreadable", "damaged"),
+    "damaged": (lambda: wav(bytes(3200))[:30], "audio_damaged", "damaged"),
 }
 
 
@@ -251,11 +254,10 @@ def test_bad_sound_is_refused_with_its_reason(stack: Stack, client: Client, name
 
 def test_sound_at_another_rate_and_in_stereo_is_understood(client: Client) -> None:
     (path,) = [path for path, _ in whisper.speech() if path.name == "quick_brown_fox.wav"]
-    with wave.open(str(path)) as sound:
-        assert (sound.getframerate(), sound.getnchannels()) == (16_000, 1)
-        mono = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).astype(np.float64)
+    mono, rate = soundfile.read(path)
+    assert (rate, mono.ndim) == (16_000, 1)
     at = np.arange(int(len(mono) * 44_100 / 16_000)) * 16_000 / 44_100
-    left = np.interp(at, np.arange(len(mono)), mono)
+    left = np.interp(at, np.arange(len(mono)), mono * 32_767)
     stereo = np.stack([left, left * 0.5], axis=1).astype(np.int16)
     text = client.submit("whisper-tiny-en", wav(stereo.tobytes(), 44_100, 2)).result().text
     assert "quick brown fox jumps over the lazy dog" in text.lower()
@@ -361,9 +363,7 @@ REFUSED: dict[str, Refused] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_a_job_is_refused_at_submit(
-    stack: Stack, client: Client, name: str
-) -> None:
+def test_what_cannot_be_a_job_is_refused_at_submit(stack: Stack, client: Client, name: str) -> None:
     code, args, options = REFUSED[name]
     before = len(stack.records("jobs.tensor.standard", "jobs.text.standard"))
     with pytest.raises(InvalidJob) as refused:
@@ -428,7 +428,7 @@ def appended(
 
 
 MALFORMED: dict[str, dict[str, str | None]] = {
-    "no headers": {n: None for n in ("specversion", "type", "id", "tenant", "model")},
+    "no headers": dict.fromkeys(("specversion", "type", "id", "tenant", "model")),
     "other type": {"type": "com.example.order"},
     "no id": {"id": None},
     "id with spaces": {"id": "not an id"},
@@ -448,9 +448,7 @@ MALFORMED: dict[str, dict[str, str | None]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_record_that_is_no_job_is_a_dead_letter(
-    stack: Stack, client: Client, name: str
-) -> None:
+def test_a_record_that_is_no_job_is_a_dead_letter(stack: Stack, client: Client, name: str) -> None:
     given = headers(**MALFORMED[name])
     key = appended(stack, client, given)
     (letter,) = stack.dead_letters(key)
@@ -471,17 +469,7 @@ ANSWERED: dict[str, tuple[dict[str, str], str, str | None]] = {
     "deadline in the past": ({"deadline": "2020-01-01T00:00:00Z"}, "expired", None),
     "deadline in the year 9999": ({"deadline": FAR}, "failed", "deadline_too_far"),
     "sent in the year 9999": ({"time": FAR}, "succeeded", None),
-    "sent in the year 9999, unknown model": (
-        {"time": FAR, "model": "nope"},
-        "failed",
-        "model_unknown",
-    ),
     "sent in the year 1": ({"time": FIRST}, "expired", None),
-    "sent in the year 1 with a deadline": (
-        {"time": FIRST, "deadline": FAR},
-        "failed",
-        "deadline_too_far",
-    ),
     "of another modality": ({"model": "minilm-topics"}, "failed", "wrong_modality"),
     "another tenant's object": (
         {"dataref": "tenants/acme/a", "datasize": "3", "datasha256": "0" * 64},
@@ -511,9 +499,7 @@ def test_a_record_that_is_an_odd_job_gets_its_one_outcome(
     )
 
 
-def test_a_payload_above_the_limit_is_refused_in_the_log_too(
-    stack: Stack, client: Client
-) -> None:
+def test_a_payload_above_the_limit_is_refused_in_the_log_too(stack: Stack, client: Client) -> None:
     given = headers(model="small")
     key = appended(stack, client, given, bytes(200_000))
     (record,) = stack.results(key)
@@ -538,56 +524,56 @@ def test_garbage_in_the_other_topics_harms_nobody(stack: Stack, client: Client) 
 MakeBundle = Callable[..., Path]
 
 
-def refused_bundle(stack: Stack, folder: Path, *words: str) -> None:
+def refused_bundle(stack: Stack, client: Client, folder: Path, *words: str) -> None:
     done = stack.headrace("models", "add", folder, code=2)
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
-    assert "bad" not in {card["name"] for card in stack.json("models", "list")}
+    assert "bad" not in {card.name for card in client.models()}
 
 
 def test_a_bundle_without_its_graph_is_refused(
-    stack: Stack, make_tensor_bundle: MakeBundle
+    stack: Stack, client: Client, make_tensor_bundle: MakeBundle
 ) -> None:
     folder = make_tensor_bundle("bad")
     (folder / "model.onnx").unlink()
-    refused_bundle(stack, folder, "model.yaml:5", "model.onnx", "no such file")
+    refused_bundle(stack, client, folder, "model.yaml:5", "model.onnx", "no such file")
 
 
 def test_a_mistake_in_model_yaml_is_named_with_its_line(
-    stack: Stack, make_tensor_bundle: MakeBundle
+    stack: Stack, client: Client, make_tensor_bundle: MakeBundle
 ) -> None:
     folder = make_tensor_bundle("bad")
     text = (folder / "model.yaml").read_text()
     (folder / "model.yaml").write_text(text.replace("modality: tensor", "modality: [tensor"))
-    refused_bundle(stack, folder, "model.yaml:")
+    refused_bundle(stack, client, folder, "model.yaml:")
     (folder / "model.yaml").write_text(text.replace("version: 1", "version: one"))
-    refused_bundle(stack, folder, "model.yaml:2", "`int`")
+    refused_bundle(stack, client, folder, "model.yaml:2", "`int`")
     (folder / "model.yaml").write_text(text + "modle: x\n")
-    refused_bundle(stack, folder, f"model.yaml:{len(text.splitlines()) + 1}", "modle")
+    refused_bundle(stack, client, folder, f"model.yaml:{len(text.splitlines()) + 1}", "modle")
 
 
 def test_a_step_that_nobody_knows_is_named_with_its_line(
-    stack: Stack, make_tensor_bundle: MakeBundle
+    stack: Stack, client: Client, make_tensor_bundle: MakeBundle
 ) -> None:
     folder = make_tensor_bundle("bad", preprocess="[dream]")
-    refused_bundle(stack, folder, "model.yaml:6", "dream", "obey")
+    refused_bundle(stack, client, folder, "model.yaml:6", "dream", "obey")
 
 
 def test_a_bundle_of_another_shape_than_it_says_is_refused(
-    stack: Stack, make_tensor_bundle: MakeBundle
+    stack: Stack, client: Client, make_tensor_bundle: MakeBundle
 ) -> None:
     decode = "[{decode_array: {input: x, dtype: float32, shape: [2, 2]}}]"
     folder = make_tensor_bundle("bad", preprocess=decode)
     (folder / "sample.npy").write_bytes(npy(np.zeros((2, 2), np.float32)))
     text = (folder / "model.yaml").read_text()
     (folder / "model.yaml").write_text(text + "sample: sample.npy\n")
-    refused_bundle(stack, folder, "fails on the sample")
+    refused_bundle(stack, client, folder, "fails on the sample")
 
 
 def test_a_graph_whose_weights_lie_outside_the_bundle_is_refused(
-    stack: Stack, make_tensor_bundle: MakeBundle, tmp_path: Path
+    stack: Stack, client: Client, make_tensor_bundle: MakeBundle, tmp_path: Path
 ) -> None:
     folder = make_tensor_bundle("bad")
     graph = onnx.load(folder / "model.onnx")
@@ -597,12 +583,12 @@ def test_a_graph_whose_weights_lie_outside_the_bundle_is_refused(
     tensor.external_data.add(key="location", value="../secret.bin")
     (folder.parent / "secret.bin").write_bytes(bytes(4))
     onnx.save(graph, folder / "model.onnx")
-    refused_bundle(stack, folder, "outside the bundle")
+    refused_bundle(stack, client, folder, "outside the bundle")
 
 
 def test_a_file_that_is_no_graph_is_refused(
-    stack: Stack, make_tensor_bundle: MakeBundle
+    stack: Stack, client: Client, make_tensor_bundle: MakeBundle
 ) -> None:
     folder = make_tensor_bundle("bad")
     (folder / "model.onnx").write_bytes(b"<html>404</html>")
-    refused_bundle(stack, folder, "not an ONNX file")
+    refused_bundle(stack, client, folder, "not an ONNX file")

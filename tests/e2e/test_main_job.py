@@ -262,9 +262,7 @@ def test_the_urgent_goes_first_within_a_tier(stack: Stack, client: Client) -> No
     assert ran(mark)[:7].count("high") == 5
 
 
-def test_the_higher_tier_goes_first_and_the_lower_one_goes_on(
-    stack: Stack, client: Client
-) -> None:
+def test_the_higher_tier_goes_first_and_the_lower_one_goes_on(stack: Stack, client: Client) -> None:
     mark = stack.data / "mark-tier"
     with stack.held(client):
         bulk = [order(mark=str(mark), name="bulk")] * 40

@@ -24,24 +24,26 @@ from infra.settings import load_settings
 
 SUPERVISOR = """
 import sys
-from infra.embedded import stack
+from infra.embedded import child_log, stack
 from infra.embedded.child import ChildSpec
 from infra.settings import load_settings
 
 stack.ORPHAN_TERM_S = 0.2
+settings = load_settings()
 
 def report(event):
     print(event.kind, event.child, event.text, flush=True)
 
 def spec(stage, name, script):
-    return ChildSpec(name, ("sh", "-c", script), lambda pid: "never" not in name, stage)
+    log = child_log(settings, name)
+    return ChildSpec(name, ("sh", "-c", script), lambda pid: "ready" in log.read_text(), stage)
 
 specs = [spec(i, *arg.split("=", 1)) for i, arg in enumerate(sys.argv[1:])]
-stack.run_stack(load_settings(), report, "test", specs or None)
+stack.run_stack(settings, report, "test", specs or None)
 """
 
-STAYS = "exec sleep 600"
-STUBBORN = "trap '' TERM; while :; do sleep 600; done"
+STAYS = "echo ready; exec sleep 600"
+STUBBORN = "trap '' TERM; echo ready; while :; do sleep 600; done"
 THREE = ("redis=" + STAYS, "dispatcher=" + STAYS, "worker-0=" + STAYS)
 
 
@@ -279,8 +281,8 @@ def test_a_second_signal_ends_everything_at_once(start: Callable[..., Supervisor
 def test_status_says_what_fails_with_its_last_words(
     start: Callable[..., Supervisor], data: Path
 ) -> None:
-    supervisor = start("redis=" + STAYS, "never-ready=echo no model here; exit 7")
-    supervisor.until("failing never-ready")
+    supervisor = start("redis=" + STAYS, "luckless=echo no model here; exit 7")
+    supervisor.until("failing luckless")
 
     out, _ = headrace(data, "status", "--json", code=3)
 
@@ -293,7 +295,7 @@ def test_status_says_what_fails_with_its_last_words(
     assert failing["last_lines"].endswith("no model here")
     assert not found["healthy"]
     table, said = headrace(data, "status", code=3)
-    assert "never-ready" in table
+    assert "luckless" in table
     assert "no model here" in said
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from infra.embedded.child import FAILING_DEATHS, ChildSpec
+from infra.embedded.child import FAILING_DEATHS, Child, ChildSpec
 from infra.embedded.supervisor import Event, Supervisor
 
 STAYS = ("sleep", "60")
@@ -162,7 +163,7 @@ def test_while_workers_stop_a_dead_dispatcher_is_started_again(
         stage.tick()
     dispatcher, worker = stage.supervisor.children
     dispatcher.send(signal.SIGKILL)
-    worker.send(signal.SIGSTOP)
+    freeze(worker)
     stage.wait_for_end(0)
     stage.events.clear()
 
@@ -184,7 +185,7 @@ def test_who_does_not_stop_in_time_is_killed_and_that_is_said(
     stage = start(ChildSpec("worker", STAYS, always))
     stage.tick()
     stage.tick()
-    stage.supervisor.children[0].send(signal.SIGSTOP)
+    freeze(stage.supervisor.children[0])
     stage.events.clear()
 
     def wait(_timeout_s: float) -> None:
@@ -202,12 +203,19 @@ def test_in_a_hurry_nobody_is_waited_for(start: Callable[..., Stage]) -> None:
     stage = start(ChildSpec("worker", STAYS, always))
     stage.tick()
     stage.tick()
-    stage.supervisor.children[0].send(signal.SIGSTOP)
+    freeze(stage.supervisor.children[0])
     stage.events.clear()
 
     stage.supervisor.stop(3600, lambda _s: reap(stage), lambda: True)
 
     assert [event.kind for event in stage.events] == ["killed", "stopped"]
+
+
+def freeze(child: Child) -> None:
+    """Stop it for good: a SIGTERM that comes before it has stopped would still end it."""
+    assert child.process is not None
+    child.send(signal.SIGSTOP)
+    os.waitpid(child.process.pid, os.WUNTRACED)
 
 
 def reap(stage: Stage) -> None:

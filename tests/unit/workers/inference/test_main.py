@@ -1,0 +1,199 @@
+"""The worker process around the task: beats, lost slots, drain, and what it does when Redis is away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infra.settings import load_settings
+from schemas.errors import InvalidModel, Transient
+from workers.inference import main as worker_main
+from workers.inference.main import Worker
+
+
+class Ended(BaseException):
+    """Instead of the end of the process."""
+
+
+@pytest.fixture
+def worker(
+    tmp_path: Any, fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Worker]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = load_settings(data_dir=tmp_path, worker={"name": "w", "drain_s": 0})
+    worker = Worker(settings)
+    worker.fleet = fleet
+    worker.runner._fleet = fleet
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(worker_main.os, "_exit", end)
+    yield worker
+    worker._stopped.set()
+    worker.runner._stages.close()
+
+
+def offered(fleet: Any) -> list[Any]:
+    return [token for tokens in fleet.slots.values() for token in tokens]
+
+
+def test_a_beat_shows_the_worker_and_offers_its_slots(worker: Worker, fleet: Any) -> None:
+    worker.beat()
+
+    (beat,) = fleet.beats
+    assert (beat.worker, beat.life, beat.slots) == ("w", worker.hand.life, 3)
+    assert (beat.draining, beat.batches, beat.engines) == (False, [], [])
+    assert len(offered(fleet)) == 3
+
+
+def test_a_beat_renews_the_leases_of_what_is_in_hand(
+    worker: Worker, fleet: Any, clock: Any, make_batch: Any
+) -> None:
+    batch = make_batch()
+    fleet.lease(batch)
+    worker.hand.hold(batch, "any")
+
+    for _ in range(10):
+        clock.advance(5)
+        worker.beat()
+
+    assert fleet.leased(batch.id)
+    assert fleet.beats[-1].batches == [batch.id]
+
+
+def test_slots_that_redis_lost_are_offered_anew(worker: Worker, fleet: Any) -> None:
+    worker.beat()
+    fleet.flush()
+
+    for _ in range(4):
+        worker.beat()
+
+    assert sorted(offered(fleet)) == sorted(worker.hand.offers())
+    assert len(offered(fleet)) == 3
+
+
+def test_a_drain_offers_nothing_more_and_gives_back_what_does_not_end_in_time(
+    worker: Worker, fleet: Any, make_batch: Any, make_items: Any
+) -> None:
+    worker.beat()
+    batch = make_batch(make_items("1"))
+    fleet.lease(batch)
+    worker.hand.hold(batch, "any")
+    worker.hand.close()
+
+    with pytest.raises(Ended):
+        worker.end_drain()
+
+    assert offered(fleet) == []
+    (completion,) = fleet.completions(0)
+    assert (completion.batch_id, completion.items) == (batch.id, [])
+
+
+def test_a_drain_ends_without_a_word_when_all_is_done(worker: Worker, fleet: Any) -> None:
+    worker.beat()
+    worker.hand.close()
+    worker._stopped.set()
+
+    worker.end_drain()
+
+    assert offered(fleet) == []
+
+
+def test_a_redis_that_is_away_when_a_drain_begins_does_not_end_it_before_its_time(
+    worker: Worker, fleet: Any, faults: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ending at once would take running batches down with it, and charge their jobs."""
+    waited: list[float] = []
+    monkeypatch.setattr(
+        worker, "_stopped", SimpleNamespace(
+            wait=lambda s: waited.append(s) or False, is_set=lambda: False, set=lambda: None
+        )
+    )  # fmt: skip
+    faults.always.add("fleet")
+    worker.hand.close()
+
+    with pytest.raises(Ended):
+        worker.end_drain()
+
+    assert waited == [worker.settings.worker.drain_s]
+
+
+def test_one_batch_that_cannot_be_given_back_does_not_keep_the_others(
+    worker: Worker, fleet: Any, faults: Any, make_batch: Any, make_items: Any
+) -> None:
+    batches = [make_batch(make_items("1")) for _ in range(3)]
+    for batch in batches:
+        fleet.lease(batch)
+        worker.hand.hold(batch, "any")
+    worker.hand.close()
+    faults.fail("fleet.complete")
+
+    with pytest.raises(Ended):
+        worker.end_drain()
+
+    assert len(fleet.completions(0)) == 2
+
+
+def test_closing_signs_off(worker: Worker, fleet: Any, faults: Any) -> None:
+    worker.beat()
+    assert fleet.alive == {"w"}
+
+    worker.close()
+
+    assert fleet.alive == set()
+
+
+def test_closing_while_redis_is_away_does_not_raise(worker: Worker, faults: Any) -> None:
+    faults.always.add("fleet")
+
+    worker.close()
+
+
+def test_a_model_that_does_not_warm_up_is_closed_again(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engines would stay in memory, uncounted, and more with each batch that asks for it."""
+    closed: list[bool] = []
+
+    def warm() -> None:
+        raise InvalidModel("model_check_failed", "No.")
+
+    model = SimpleNamespace(warm=warm, close=lambda: closed.append(True), memory_bytes=1)
+    card = SimpleNamespace(name="echo", version=1)
+    catalogue: Any = SimpleNamespace(resolve=lambda *_: card, folder=lambda _: "")
+    monkeypatch.setattr(worker, "catalogue", catalogue)
+    monkeypatch.setattr(worker_main.Bundle, "open", lambda *_, **__: None)
+    monkeypatch.setattr(worker_main, "load_model", lambda *_, **__: model)
+
+    with pytest.raises(InvalidModel):
+        worker.load("echo", 1)
+
+    assert closed == [True]
+
+
+def test_a_model_that_does_not_load_keeps_no_other_from_being_warmed_up(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(name: str, version: int) -> Any:
+        if name == "bad":
+            raise Transient("storage_unavailable", "away")
+        loaded.append(name)
+        return SimpleNamespace(memory_bytes=1, close=lambda: None)
+
+    cards = [SimpleNamespace(name=name, version=1) for name in ("bad", "good")]
+    catalogue: Any = SimpleNamespace(
+        cards=lambda: cards, resolve=lambda name, _: SimpleNamespace(name=name, version=1)
+    )
+    monkeypatch.setattr(worker, "catalogue", catalogue)
+    monkeypatch.setattr(worker.residency, "_load", load)
+
+    worker.warm_up()
+
+    assert loaded == ["good"]
+    assert worker.residency.names() == ["good/1"]
