@@ -11,7 +11,7 @@ from bench.figures import Figure
 from bench.machine import describe
 from bench.report import show, write_docs, write_json
 
-BENCHMARKS = ("saturation", "noop", "latency", "engines", "startup", "memory", "demo")
+BENCHMARKS = ("saturation", "noop", "latency", "engine_load", "startup", "memory", "demo")
 
 
 def main() -> int:

@@ -60,7 +60,8 @@ def install(settings: Settings, names: list[str]) -> None:
     """Make the bundles that are missing, and add them to the stack's catalogue."""
     objects = open_objects(settings.objects_address)
     for name in names:
-        folder = cache_folder().parent / "bundles" / name
+        shared = name != NOOP  # the demo's are cached, and put there as a whole
+        folder = cache_folder().parent / "bundles" / name if shared else settings.data_dir / name
         BUILD[name](folder)
         add(folder, objects, _cache(settings), budget_bytes=settings.worker.memory_bytes)
 

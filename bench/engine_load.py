@@ -173,7 +173,7 @@ def show(samples: dict[str, dict[str, list[Sample]]], prepared: dict[str, Prepar
     from rich.table import Table
 
     table = Table(title="load / process start to first result, medians in ms")
-    for column in ("model", *WAYS, "cache/floor", "asked", "compile"):
+    for column in ("model", *WAYS, "ratio", "asked", "compile"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, by_way in samples.items():
         ratio = loads(by_way["cache"]) / loads(by_way["floor"])

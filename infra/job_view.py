@@ -45,7 +45,7 @@ class JobView:
         """Show outcomes for ttl_s, tell the clients that wait.
 
         complete_to: time up to which the view now holds every outcome; None leaves that open.
-        Returns False if the view has lost its memory since that was last said: rebuild it.
+        Returns False, and does not say so, if the view has lost its memory: rebuild it.
         """
         notices: dict[str, list[str]] = defaultdict(list)
         with redis_errors():
@@ -58,9 +58,14 @@ class JobView:
             for client, job_ids in notices.items():
                 pipe.publish(_channel(client), "\n".join(job_ids))
             if complete_to is not None:
-                pipe.set(_MARK, repr(complete_to), get=True)
+                pipe.set(_MARK, repr(complete_to), xx=True)
             answers = as_any(pipe.execute())
         return complete_to is None or answers[-1] is not None
+
+    def rebuild_from(self, since: float) -> None:
+        """Say that the view holds every outcome up to a time, unless it says so of another time already."""
+        with redis_errors():
+            self._redis.set(_MARK, repr(since), nx=True)
 
     def complete_to(self) -> float | None:
         """Time up to which the view holds every outcome; None if it lost its memory."""

@@ -9,6 +9,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -22,6 +23,11 @@ SOCKET_PATH_LIMIT = 100
 
 def default_data_dir() -> Path:
     base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "headrace"
+
+
+def default_cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "headrace"
 
 
@@ -59,6 +65,40 @@ class WorkerSettings(Section):
     drain_s: float = Field(default=30, ge=0)
 
 
+class S3Settings(Section):
+    """Of an object store at s3://; its address says where the server is and which bucket.
+    connect_s, read_s: how long a request may take to connect, and go without a byte. attempts: of
+    each request. cache_dir: copies of objects on this machine; cache_bytes: above it, old ones go."""
+
+    access_key: SecretStr = SecretStr("")
+    secret_key: SecretStr = SecretStr("")
+    region: str = "us-east-1"
+    connect_s: float = Field(default=3, gt=0)
+    read_s: float = Field(default=10, gt=0)
+    attempts: int = Field(default=3, ge=1, le=10)
+    cache_dir: Path = Field(default_factory=lambda: default_cache_dir() / "objects")
+    cache_bytes: int = Field(default=16 * 1024**3, ge=1024**2)
+
+
+class KafkaSettings(Section):
+    """For an event log at kafka://. tls, sasl: how its servers are spoken to; files are in PEM format.
+    partitions, replicas, min_insync_replicas: of topics that `headrace topics apply` makes (0: as the
+    cluster has it). session_timeout_s: how long a dispatcher that died keeps its partitions."""
+
+    tls: bool = False
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    key_password: SecretStr = SecretStr("")
+    sasl: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = ""
+    username: str = ""
+    password: SecretStr = SecretStr("")
+    partitions: int = Field(default=6, ge=1, le=1000)
+    replicas: int = Field(default=0, ge=0)
+    min_insync_replicas: int = Field(default=0, ge=0)
+    session_timeout_s: float = Field(default=10, ge=6)
+
+
 class StackSettings(Section):
     """The embedded stack of `headrace up`. workers: inference worker processes."""
 
@@ -82,8 +122,10 @@ class Settings(BaseSettings):
     view_ttl_s: int = Field(default=3600, ge=60)
     view_jobs: int = Field(default=500_000, ge=1000)
     engine_cache_bytes: int = Field(default=8 * 1024**3, ge=1024**2)
+    kafka: KafkaSettings = KafkaSettings()
     dispatcher: DispatcherSettings = DispatcherSettings()
     worker: WorkerSettings = WorkerSettings()
+    s3: S3Settings = Field(default_factory=S3Settings)
     stack: StackSettings = StackSettings()
 
     @property
@@ -110,8 +152,7 @@ class Settings(BaseSettings):
 
     @property
     def engine_cache_dir(self) -> Path:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        return Path(base) / "headrace" / "engines"
+        return default_cache_dir() / "engines"
 
 
 def load_settings(**overrides: object) -> Settings:

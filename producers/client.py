@@ -30,6 +30,7 @@ from producers.waiting import Waiter
 from schemas.admission import check_deadline, check_limits
 from schemas.errors import InvalidJob, JobFailed, Transient
 from schemas.jobs import (
+    CANCEL_TYPE,
     DEFAULT_DEADLINE_S,
     JOB_ID,
     KEY_LIMIT_CHARS,
@@ -233,7 +234,7 @@ class Client:
     def cancel(self, job_id: str) -> None:
         """Ask to cancel. A job that has not ended when the dispatcher hears of it ends as cancelled."""
         _check_id(job_id)
-        self.log.append([NewRecord(CONTROL, job_id, {"ce_type": "io.headrace.cancel.v1"}, b"")])
+        self.log.append([NewRecord(CONTROL, job_id, {"ce_type": CANCEL_TYPE}, b"")])
 
     def models(self) -> list[ModelCard]:
         """What is installed."""
@@ -329,7 +330,7 @@ class Client:
             traceparent=new_traceparent(),
         )
         check_limits(job, card)
-        check_deadline(job, self.settings.dispatcher.max_deadline_s)
+        check_deadline(job, self.settings.dispatcher.max_deadline_s, now)
         return job
 
     def _append(self, jobs: Sequence[Job]) -> None:

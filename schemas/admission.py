@@ -8,12 +8,12 @@ from schemas.models import ModelCard
 from schemas.payloads import belongs_to
 
 
-def check_deadline(job: Job, max_deadline_s: float) -> None:
-    """Raises InvalidJob (deadline_too_far)."""
-    if (ahead_s := job.deadline_at - job.submitted_at) > max_deadline_s:
+def check_deadline(job: Job, max_deadline_s: float, now: float) -> None:
+    """now: seconds since the epoch, by the checker's clock. Raises InvalidJob (deadline_too_far)."""
+    if (ahead_s := job.deadline_at - now) > max_deadline_s:
         raise InvalidJob(
             "deadline_too_far",
-            f"Expected a deadline at most {max_deadline_s:.0f} s after submission, came {ahead_s:.0f} s.",
+            f"Expected a deadline at most {max_deadline_s:.0f} s ahead, came {ahead_s:.0f} s.",
         )
 
 

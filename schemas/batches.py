@@ -14,6 +14,10 @@ RUN_BATCH = "headrace.run_batch.v1"
 """Wire name of the Celery task. Its arguments: the batch id, and the slot it was given to."""
 
 
+DEADLINE_PASSED = "deadline_passed"
+"""Code of an item that was not run because its deadline had come."""
+
+
 class BatchItem(Struct, frozen=True, array_like=True):
     """One job of a batch: what its worker needs, no more. deadline_at: seconds since the epoch."""
 

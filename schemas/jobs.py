@@ -18,15 +18,19 @@ from msgspec import Struct
 
 from schemas.errors import InvalidJob
 from schemas.payloads import Payload, Ref
-from schemas.topics import JOB_TOPICS
+from schemas.topics import JOB_TOPICS, RETRY
 
 JOB_TYPE = "io.headrace.job.v1"
+CANCEL_TYPE = "io.headrace.cancel.v1"
 JOB_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TENANT = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
 KEY_LIMIT_CHARS = 256
 PARAMS_LIMIT_BYTES = 16 * 1024
 PRIORITIES = range(10)
+PARAMS_LIMIT_DEPTH = 32
 DEFAULT_DEADLINE_S = 24 * 3600.0
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+END_OF_TIME = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -152,9 +156,9 @@ def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: 
     tenant = field.text("ce_tenant", TENANT)
     key = headers.get("ce_idempotencykey")
     submitted_at = field.when("ce_time", appended_at)
-    return Job(
+    job = Job(
         id=field.text("ce_id", JOB_ID) if key is None else new_job_id(tenant, key),
-        topic=_job_topic(headers.get("ce_jobtopic", topic)),
+        topic=topic,
         tenant=tenant,
         model=field.text("ce_model"),
         version=field.number("ce_modelversion", None),
@@ -165,9 +169,20 @@ def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: 
         key=key,
         params=_params(headers.get("ce_params")),
         reply_to=headers.get("ce_replyto"),
-        traceparent=headers.get("ce_traceparent"),
-        attempt=field.number("ce_attempt", 0) or 0,
-        suspect=headers.get("ce_suspect") == "1",
+        traceparent=_traceparent(headers.get("ce_traceparent")),
+    )
+    return _with_history(job, field) if topic == RETRY else job
+
+
+def _with_history(job: Job, field: _Fields) -> Job:
+    """What only the dispatcher writes, and only to its own topic."""
+    if (topic := field.headers.get("ce_jobtopic")) not in JOB_TOPICS:
+        raise _malformed("ce_jobtopic", "a jobs topic", topic)
+    return msgspec.structs.replace(
+        job,
+        topic=topic,
+        attempt=field.number("ce_attempt", 0),
+        suspect=field.headers.get("ce_suspect") == "1",
         not_before=field.when("ce_notbefore", 0.0),
     )
 
@@ -203,9 +218,12 @@ class _Fields:
             return default
         try:
             moment = datetime.fromisoformat(value)
-            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+            when = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
         except (ValueError, OverflowError):
             raise _malformed(name, "an RFC 3339 time", value) from None
+        if not 0 <= when < END_OF_TIME:
+            raise _malformed(name, "a time between 1970 and 9999", value)
+        return when
 
 
 def _payload(field: _Fields, value: bytes) -> Payload:
@@ -220,21 +238,34 @@ def _payload(field: _Fields, value: bytes) -> Payload:
     return Payload(content_type, ref=ref)
 
 
-def _job_topic(topic: str) -> str:
-    if topic not in JOB_TOPICS:
-        raise _malformed("ce_jobtopic", "a jobs topic", topic)
-    return topic
-
-
 def _params(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     if len(text) > PARAMS_LIMIT_BYTES:
         raise _malformed("ce_params", f"at most {PARAMS_LIMIT_BYTES} bytes", f"{len(text)} bytes")
     try:
-        return msgspec.json.decode(text, type=dict[str, Any])
+        params = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         raise _malformed("ce_params", "a JSON object", text) from None
+    if not _is_plain(params, PARAMS_LIMIT_DEPTH):
+        expected = f"at most {PARAMS_LIMIT_DEPTH} levels, and whole numbers of at most 64 bits"
+        raise _malformed("ce_params", expected, text)
+    return params
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether MessagePack can carry it, from any depth of a stack."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**64
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in parts)
+    return True
+
+
+def _traceparent(text: str | None) -> str | None:
+    """A bad one costs the trace, not the job."""
+    return text if text and TRACEPARENT.fullmatch(text) else None
 
 
 def _malformed(name: str, expected: str, came: str | None) -> InvalidJob:

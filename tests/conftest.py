@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from infra.embedded.record import StackState
     from infra.eventlog import Lag, Record
     from infra.settings import Settings
-    from producers.client import Client, JobHandle
+    from producers.client import Client
 
 ROOT = Path(__file__).parents[1]
 STEPS = ROOT / "tests" / "e2e" / "steps"
@@ -114,6 +115,10 @@ class Stack:
         assert self.state is not None, "the stack is not running"
         return next(c.restarts for c in self.state.children if c.name == child)
 
+    def until_restarted(self, child: str, restarts: int) -> None:
+        """restarts: how often it had been restarted before."""
+        self.until(lambda: self.restarts(child) > restarts)
+
     @property
     def healthy(self) -> bool:
         return self.state is not None and self.state.healthy
@@ -146,17 +151,17 @@ class Stack:
         self._gates += 1
         gate = self.data / f"gate-{self._gates}"
         marks = self.data / f"held-{self._gates}"
-        holders: list[JobHandle] = []
         for number in range(self.settings.worker.slots + 1):
             order = {"mark": str(marks), "wait_for": str(gate)}
-            holders.append(client.submit("obey", json.dumps(order).encode(), tier="premium"))
-            self.until(lambda n=number: self.lines(marks) > n)
+            client.submit("obey", json.dumps(order).encode(), tier="premium")
+            self.until(partial(self._has_more_lines, marks, number))
         try:
             yield
         finally:
             gate.touch()
-        for holder in holders:
-            holder.result(PATIENCE_S)
+
+    def _has_more_lines(self, path: Path, count: int) -> bool:
+        return self.lines(path) > count
 
     @staticmethod
     def lines(path: Path) -> int:

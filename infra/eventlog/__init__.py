@@ -98,3 +98,8 @@ class EventLog(Protocol):
 
 class Fenced(Exception):
     """Another member took over the group: this one must stop and start anew."""
+
+
+class Moved(Fenced):
+    """Some of these positions are another member's now. Forget what `lost()` returns, complete the others;
+    a member that cannot do so may stop and start anew."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote
 
+from infra.settings import S3Settings, load_settings
 from schemas.errors import InvalidJob, PipelineError
 from schemas.payloads import Ref
 
@@ -60,7 +61,8 @@ class ObjectStore(Protocol):
 
     def local(self, key: str) -> Path:
         """A whole copy on this machine's disk, read-only. Objects of one folder lie in one folder,
-        under the last segment of their keys. Valid until the object is deleted."""
+        under the last segment of their keys. Valid until the object is deleted; where it is a copy,
+        for an hour at least, and open files for as long as they are open."""
 
     def list(self, folder: str = "") -> Iterator[ObjectInfo]:
         """Objects whose keys begin with `folder/`, or all of them; in no order. What is put or
@@ -74,16 +76,35 @@ class ObjectExists(Exception):
     """put(if_absent=True) found an object at its key. An answer, not a failure of the store."""
 
 
-def open_objects(url: str) -> ObjectStore:
-    """The store at `file:///folder`, made at the first put; the path is percent-decoded."""
+def open_objects(url: str, s3: S3Settings | None = None) -> ObjectStore:
+    """The store at `file:///folder`, made at the first put; the path is percent-decoded. Or the one
+    at `s3://host:port/bucket?secure=false`.
+
+    s3: read from the environment if it is not given. Raises PipelineError (settings_invalid).
+    """
     scheme, separator, rest = url.partition("://")
     if scheme == "file" and separator and rest.startswith("/"):
         from infra.objects.files import FileObjects
 
         return FileObjects(Path(unquote(rest)))
+    if scheme == "s3" and separator:
+        return _open_s3(url, s3 or load_settings().s3)
     raise PipelineError(
-        "settings_invalid", f"Object store: expected file:///an/absolute/folder, came {url!r}."
+        "settings_invalid",
+        "Object store: expected file:///an/absolute/folder or s3://host:port/bucket, came"
+        f" {url.rpartition('@')[2]!r}.",
     )
+
+
+def _open_s3(url: str, settings: S3Settings) -> ObjectStore:
+    try:
+        from infra.objects.s3 import S3Objects
+    except ModuleNotFoundError as error:
+        raise PipelineError(
+            "extra_missing",
+            f"Object store: s3:// needs the package {error.name}; pip install 'headrace[s3]'.",
+        ) from error
+    return S3Objects(url, settings)
 
 
 def check_key(key: str) -> str:

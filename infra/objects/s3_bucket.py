@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape
 from minio import Minio
 from minio.commonconfig import ENABLED, Filter
 from minio.datatypes import Object
-from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
+from minio.error import MinioException, S3Error
 from minio.lifecycleconfig import (
     AbortIncompleteMultipartUpload,
     Expiration,
@@ -25,9 +25,9 @@ from minio.lifecycleconfig import (
     Rule,
 )
 from urllib3 import BaseHTTPResponse, PoolManager, Timeout
-from urllib3.exceptions import HTTPError, SSLError
+from urllib3.exceptions import HTTPError
 
-from infra.objects import ObjectExists
+from infra.objects.s3_errors import CREDENTIALS, bucket_missing, refused, translated
 from infra.settings import S3Settings
 from schemas.errors import InvalidJob, PipelineError, Transient
 
@@ -41,26 +41,8 @@ RULES = "headrace-"
 T = TypeVar("T")
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_RULE_UNKNOWN = ("InvalidArgument", "MalformedXML", "NotImplemented")
 _NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
-
-_NO_ROOM = ("XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded")
-_PASSING = (
-    *("InternalError", "ServiceUnavailable", "SlowDown", "SlowDownRead", "SlowDownWrite"),
-    *("RequestTimeout", "OperationAborted", "ConditionalRequestConflict"),
-)
-_PASSING_STATUS = (408, 429)
-_IN_THE_WAY = ("XMinioParentIsObject", "XMinioObjectExistsAsDirectory", "ExistingObjectIsDirectory")
-
-_KEYS = "set HEADRACE_S3__ACCESS_KEY and HEADRACE_S3__SECRET_KEY to credentials of this server"
-_REGION = "set HEADRACE_S3__REGION to the bucket's region"
-_REFUSED = {
-    "InvalidAccessKeyId": _KEYS,
-    "SignatureDoesNotMatch": _KEYS,
-    "AccessDenied": f"{_KEYS} that may read, write, list and delete in this bucket",
-    "RequestTimeTooSkewed": "synchronise the clocks of this machine and the server",
-    "AuthorizationHeaderMalformed": _REGION,
-    "PermanentRedirect": _REGION,
-}
 
 
 class Address(NamedTuple):
@@ -72,10 +54,6 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"bucket {self.bucket} at {self.host}"
-
-
-class UploadGone(Transient):
-    """The upload in parts is not there: never begun, given up, or complete and the answer lost."""
 
 
 def parse(url: str) -> Address:
@@ -111,7 +89,7 @@ class Bucket:
             secret.get_secret_value() for secret in (settings.access_key, settings.secret_key)
         )
         if not access_key or not secret_key:
-            raise PipelineError("settings_invalid", f"Object store, {address}: {_KEYS}.")
+            raise PipelineError("settings_invalid", f"Object store, {address}: {CREDENTIALS}.")
         self.address = address
         self._attempts = settings.attempts
         # The library's own would take 5 attempts of 300 s each.
@@ -142,7 +120,9 @@ class Bucket:
         """The answer, read. Raises ObjectExists where a condition in the headers is not met, and
         InvalidJob (object_missing)."""
         return self._tried(
-            key, lambda: self._request(method, key, body, headers, query), attempts or self._attempts
+            key,
+            lambda: self._request(method, key, body, headers, query),
+            attempts or self._attempts,
         )
 
     def read(self, key: str, consume: Callable[[BaseHTTPResponse], T]) -> T:
@@ -173,27 +153,29 @@ class Bucket:
         except InvalidJob:
             # An answer to HEAD has no body: what is missing may be the bucket.
             if not self.exists():
-                raise self._bucket_missing() from None
+                raise bucket_missing(str(self.address)) from None
             raise
 
-    def page(self, prefix: str, after: str | None) -> list[Object]:
-        """The next objects whose names begin with the prefix, in order; less than PAGE_OBJECTS at
-        the end only."""
+    def list(self, prefix: str) -> Iterator[Object]:
+        """The objects whose names begin with the prefix, a page at a time."""
+        after: str | None = None
 
-        def once() -> list[Object]:
+        def once() -> Sequence[Object]:
             objects = self._client.list_objects(
                 self.address.bucket, prefix=prefix, recursive=True, start_after=after
             )
-            return list(islice(objects, PAGE_OBJECTS))
+            return tuple(islice(objects, PAGE_OBJECTS))
 
-        return self._tried(prefix, once, self._attempts)
+        while page := self._tried(prefix, once, self._attempts):
+            yield from page
+            after = page[-1].object_name
 
     def begin_upload(self, key: str, headers: dict[str, str]) -> str:
         """An upload in parts; nothing is seen of it until it is complete. Returns its id."""
         answer = self.send("POST", key, headers=headers, query={"uploads": ""}).data.decode()
         found = re.search(r"<UploadId>([^<]+)</UploadId>", answer)
         if not found:
-            raise self._refused(f"it began an upload without an id: {answer[:200]!r}")
+            raise refused(str(self.address), f"it began an upload without an id: {answer[:200]!r}")
         return found[1]
 
     def complete_upload(
@@ -230,7 +212,9 @@ class Bucket:
 
     def _set_lifecycle(self, folder: str, expire_days: int) -> None:
         found = self._client.get_bucket_lifecycle(self.address.bucket)
-        others = [r for r in found.rules if not (r.rule_id or "").startswith(RULES)] if found else []
+        others = (
+            [r for r in found.rules if not (r.rule_id or "").startswith(RULES)] if found else []
+        )
         expire = Rule(
             ENABLED,
             rule_filter=Filter(prefix=f"{folder}/"),
@@ -243,9 +227,16 @@ class Bucket:
             rule_id=f"{RULES}abort-uploads",
             abort_incomplete_multipart_upload=AbortIncompleteMultipartUpload(ABORT_UPLOADS_DAYS),
         )
-        self._client.set_bucket_lifecycle(
-            self.address.bucket, LifecycleConfig([*others, expire, abort])
-        )
+        try:
+            self._set_rules([*others, expire, abort])
+        except S3Error as error:
+            if error.code not in _RULE_UNKNOWN:
+                raise
+            # MinIO has no rule for uploads: by itself it deletes those that are a day old.
+            self._set_rules([*others, expire])
+
+    def _set_rules(self, rules: Sequence[Rule]) -> None:
+        self._client.set_bucket_lifecycle(self.address.bucket, LifecycleConfig([*rules]))
 
     def _request(
         self,
@@ -274,61 +265,8 @@ class Bucket:
             try:
                 return once()
             except (MinioException, HTTPError, ParseError, UnicodeDecodeError) as error:
-                problem = self._translated(error, key)
+                problem = translated(error, key, str(self.address))
                 if type(problem) is not Transient or attempt == attempts:
                     raise problem from error
             time.sleep(random.uniform(0, BACKOFF_S * 2**attempt))
         raise AssertionError("unreachable")
-
-    def _translated(self, error: Exception, key: str) -> Exception:
-        if isinstance(error, S3Error):
-            return self._answered(error.response.status, error.code or "", error.message or "", key)
-        if isinstance(error, InvalidResponseError):
-            return self._answered(error._code, "", str(error), key)
-        if isinstance(error, ServerError):
-            return self._answered(error.status_code, "", str(error), key)
-        if isinstance(error, SSLError) and "EOF" not in str(error):
-            return self._refused(f"no TLS with it: {error}; see ?secure= and its certificate")
-        if isinstance(error, HTTPError):
-            return self._unavailable(str(error))
-        return self._refused(f"expected S3's XML, came other content: {error}; is it an S3 server?")
-
-    def _answered(self, status: int, code: str, message: str, key: str) -> Exception:
-        """What an answer means that is not the wanted one."""
-        said = f"{code or status}: {message}"
-        if code == "PreconditionFailed" or status == 412:
-            return ObjectExists(key)
-        if code == "NoSuchBucket":
-            return self._bucket_missing()
-        if code == "NoSuchUpload":
-            return UploadGone("storage_unavailable", f"Object {key}: its upload in parts is gone.")
-        if code == "NoSuchKey":
-            return InvalidJob("object_missing", f"Object {key}: there is none; put it first.")
-        if code in _IN_THE_WAY:
-            return InvalidJob(
-                "object_key_invalid",
-                f"Object key {key}: it is a folder, or lies under an object; choose another.",
-            )
-        if code in _REFUSED:
-            return PipelineError(
-                "storage_access", f"Object store, {self.address}: {said}; {_REFUSED[code]}."
-            )
-        if code in _NO_ROOM or status == 507:
-            return Transient(
-                "storage_full", f"Object {key}: no room in {self.address}: {said}; free some."
-            )
-        if code in _PASSING or status in _PASSING_STATUS or status >= 500:
-            return self._unavailable(said)
-        return self._refused(said)
-
-    def _unavailable(self, why: str) -> Transient:
-        return Transient("storage_unavailable", f"Object store, {self.address}: {why}")
-
-    def _refused(self, why: str) -> PipelineError:
-        return PipelineError("storage_refused", f"Object store, {self.address}: {why}")
-
-    def _bucket_missing(self) -> PipelineError:
-        return PipelineError(
-            "bucket_missing",
-            f"Object store: there is no {self.address}; make it, or correct HEADRACE_OBJECTS_URL.",
-        )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,45 @@ from infra.eventlog import Consumer, EventLog, Record
 from infra.eventlog.open import open_log
 
 PATIENCE_S = 20.0
+TOPICS_USED = (
+    "jobs.image.standard",
+    "jobs.text.bulk",
+    "jobs.text.standard",
+    "jobs.retry",
+    "results",
+)
+"""On Kafka every test has its own; the others are declared, and not there."""
 
 
-@pytest.fixture(params=["sqlite"])
+@pytest.fixture(params=["sqlite", "kafka"])
 def log_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The address of a log that nobody has used. A new implementation joins here."""
-    return {"sqlite": f"sqlite://{tmp_path}/log.db"}[request.param]
+    if request.param == "kafka":
+        fresh: str = request.getfixturevalue("make_kafka_url")()
+        return fresh
+    return f"sqlite://{tmp_path}/log.db"
+
+
+@pytest.fixture(scope="session")
+def kafka_address() -> Iterator[str]:
+    """A running Kafka cluster. Without Java and Maven the test is skipped, or with CI=true fails."""
+    from tests.servers.kafka import kafka_address
+
+    with kafka_address() as address:
+        yield address
+
+
+@pytest.fixture
+def make_kafka_url(kafka_address: str) -> Iterator[Callable[..., str]]:
+    """Addresses with fresh topics, which are gone after the test."""
+    from tests.servers.kafka import fresh_topics
+
+    with ExitStack() as made:
+
+        def make(partitions: int = 1, topics: Sequence[str] = TOPICS_USED) -> str:
+            return made.enter_context(fresh_topics(kafka_address, topics, partitions))
+
+        yield make
 
 
 @pytest.fixture

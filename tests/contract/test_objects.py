@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ import pytest
 from infra.objects import ObjectExists, ObjectStore, open_objects
 from schemas.errors import InvalidJob, PipelineError
 from schemas.payloads import Ref
+from tests.servers.minio import minio_address, patience
+from tests.servers.s3 import S3Server
+from tests.servers.seaweedfs import seaweedfs_server
 
 HOSTILE_KEYS = [
     "",
@@ -42,9 +45,34 @@ HOSTILE_KEYS = [
 ]
 
 
-@pytest.fixture(params=["file"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"file://{tmp_path / 'a store'}"
+@pytest.fixture(scope="module")
+def minio() -> Iterator[S3Server]:
+    with minio_address() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def seaweedfs() -> Iterator[S3Server]:
+    with seaweedfs_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["file", pytest.param("minio", marks=patience()), "seaweedfs"])
+def url(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[str]:
+    if request.param == "file":
+        yield f"file://{tmp_path / 'a store'}"
+        return
+    server: S3Server = request.getfixturevalue(request.param)
+    cache = tmp_path_factory.mktemp("cache")
+    for name, value in (server.environment | {"HEADRACE_S3__CACHE_DIR": str(cache)}).items():
+        monkeypatch.setenv(name, value)
+    with server.bucket() as bucket:
+        yield server.url(bucket)
 
 
 @pytest.fixture

@@ -333,7 +333,7 @@ def test_a_key_outlives_the_dispatcher(
     client.submit("noop", array, key=key).result()
     before = stack.restarts("dispatcher")
     stack.kill("dispatcher", signum)
-    stack.until(lambda: stack.restarts("dispatcher") > before)
+    stack.until_restarted("dispatcher", before)
     again = client.submit("noop", array, key=key)
     other = client.submit("noop", np.zeros(1, np.float32), key=key)
     stack.until(lambda: not stack.lag())
@@ -351,16 +351,15 @@ def test_a_version_is_pinned_when_the_job_is_admitted(
     stack: Stack, client: Client, make_tensor_bundle: Callable[..., Path]
 ) -> None:
     array = np.zeros(1, np.float32)
-    for version in (1, 2):
-        bundle = make_tensor_bundle("steps", version=version, plus=version)
-        stack.headrace("models", "add", bundle)
+    bundles = [make_tensor_bundle("steps", version=v, plus=v) for v in (1, 2, 3)]
+    stack.headrace("models", "add", *bundles[:2])
     newest = client.submit("steps", array)
     first = client.submit("steps", array, version=1)
     assert (outputs(newest.result()), outputs(first.result())) == ([2], [1])
     with stack.held(client):
         waits = client.submit("steps", array)
         stack.until(lambda: not unadmitted(stack, client))
-        stack.headrace("models", "add", make_tensor_bundle("steps", version=3, plus=3))
+        stack.headrace("models", "add", bundles[2])
         later = client.submit("steps", array)
     result = waits.result()
     assert (result.version, outputs(result)) == (2, [2])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def test_a_process_killed_in_the_middle_loses_nothing_and_doubles_nothing(
         seen = [next(arriving) for _ in range(200)]
         assert {outcome.status for outcome in seen} == {"succeeded"}
         stack.kill(child)
-        stack.until(lambda n=restarts: stack.restarts(child) > n)
+        stack.until_restarted(child, restarts)
         stack.until(lambda: stack.healthy)
     assert {outcome.status for outcome in arriving} == {"succeeded"}
     drained(stack)
@@ -276,6 +277,10 @@ def trouble(client: Client) -> str | None:
 # ── at length ────────────────────────────────────────────────────────────────────────────────────
 
 
+def has_results(stack: Stack, count: int) -> bool:
+    return len(stack.records("results")) >= count or not stack.lag()
+
+
 @pytest.mark.skipif(os.environ.get("HEADRACE_FAULTS") != "long", reason="make test-long runs it")
 def test_whatever_is_killed_whenever(stack: Stack, client: Client, audit: Audit) -> None:
     """20,000 jobs while every second or so something is killed, seeded."""
@@ -286,8 +291,8 @@ def test_whatever_is_killed_whenever(stack: Stack, client: Client, audit: Audit)
         child = str(random.choice(["redis", "dispatcher", "worker-0"]))
         if stack.pid(child):
             stack.kill(child, random.choice([signal.SIGKILL, signal.SIGTERM]))
-        settled = len(stack.records("results")) + int(random.integers(200, 2000))
-        stack.until(lambda n=settled: len(stack.records("results")) >= n or not stack.lag(), 120)
+        more = len(stack.records("results")) + int(random.integers(200, 2000))
+        stack.until(partial(has_results, stack, more), 120)
     drained(stack)
     found = audit(stack, ids)
     all_once(found)

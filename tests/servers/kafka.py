@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from tests.servers.process import (
@@ -117,6 +117,24 @@ def kafka_address() -> Iterator[str]:
         return
     with kafka_server() as server:
         yield server.url
+
+
+@contextmanager
+def fresh_topics(address: str, topics: Sequence[str], partitions: int) -> Iterator[str]:
+    """The same cluster under a prefix of its own, with these of the declared topics."""
+    from infra.eventlog.kafka import cluster_at
+    from infra.eventlog.kafka_topics import ensure_topics
+    from infra.settings import KafkaSettings
+    from schemas.topics import TOPIC_BY_NAME
+
+    url = f"{address}?prefix=test-{uuid.uuid4().hex[:12]}."
+    cluster = cluster_at(url, KafkaSettings(partitions=partitions))
+    made = ensure_topics(cluster, [TOPIC_BY_NAME[topic] for topic in topics])
+    try:
+        yield url
+    finally:
+        with closing(cluster.admin()) as admin:
+            admin.delete_topics([topic.name for topic in made])
 
 
 def _jars() -> Path:

@@ -44,11 +44,11 @@ class Admitter:
             return Admission("cancelled", job)
         if now >= job.deadline_at:
             return Admission("expired", job)
-        return self._fresh(job)
+        return self._fresh(job, now)
 
-    def _fresh(self, job: Job) -> Admission:
+    def _fresh(self, job: Job, now: float) -> Admission:
         try:
-            check_deadline(job, self._max_deadline_s)
+            check_deadline(job, self._max_deadline_s, now)
             card = self._resolve(job.model, job.version)
             check_limits(job, card)
         except Transient:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
 
 from infra.eventlog import Consumer, Record
 from infra.logs import get_logger
-from schemas.errors import InvalidJob
-from schemas.jobs import read_job
+from schemas.errors import InvalidJob, Transient
+from schemas.jobs import CANCEL_TYPE, read_job
 from schemas.topics import CONTROL, JOB_TOPICS, RETRY, lane_of
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
@@ -44,33 +43,45 @@ class Intake:
         self._delayed: list[tuple[float, int, OpenJob]] = []
         self._order = itertools.count()
         self._bulk_paused = False
-        self._records: deque[Record] = deque()
+        self._records: list[Record] = []
 
     def receive(self, now: float) -> None:
-        """Take in what there is room for. Raises Transient."""
+        """Take in what there is room for.
+
+        Raises Transient when a model cannot be looked up now; its records wait here, and no more are
+        asked for until they went through. All others were taken in.
+        """
         self._hold_back_bulk()
         room = self._window_bytes - self._memory.held_bytes
-        if room <= 0:
-            return
-        self._records.extend(self._consumer.receive(RECEIVE_MOST, room))
-        while self._records:
-            # Taken off only when dealt with: a Transient leaves it, and those behind it, for the next call.
-            record = self._records[0]
+        if room > 0 and not self._records:
+            self._records = self._consumer.receive(RECEIVE_MOST, room)
+        records, self._records = self._records, []
+        trouble: Transient | None = None
+        for record in records:
             try:
                 self._take(record, now)
+            except Transient as error:
+                self._records.append(record)
+                trouble = error
             except InvalidJob as error:
                 logger.warning("record_rejected", topic=record.position.topic, error=error.message)
                 self._outcomes.reject(record, error)
-            self._records.popleft()
+        if trouble:
+            raise trouble
 
     def wake(self, now: float) -> None:
-        """Let go on what had to wait for its time; end what waited past its deadline."""
+        """Let go on what had to wait for its time."""
         while self._delayed and self._delayed[0][0] <= now:
             job = heapq.heappop(self._delayed)[2]
             if self._memory.is_cancelled(job.job.id):
                 self._outcomes.end(job.job, job.at, "cancelled", now)
+            elif job.job.deadline_at <= now:
+                self._outcomes.end(job.job, job.at, "expired", now)
             else:
                 self._batcher.add([job])
+
+    def expire(self, now: float) -> None:
+        """End what waited past its deadline."""
         for job in self._batcher.past_deadline(now):
             self._outcomes.end(job.job, job.at, "expired", now)
 
@@ -95,13 +106,15 @@ class Intake:
             self._cancel(record, now)
             return
         job = read_job(record.position.topic, record.headers, record.value, record.time)
+        if record.position.topic == RETRY:
+            self._memory.returned(job.id)
         admission = self._admitter.admit(job, now)
         job, at = admission.job, record.position
         match admission.verdict:
             case "run":
                 assert admission.card is not None
                 lane = lane_of(job.topic) or "standard"
-                self._hold(OpenJob(job, at, admission.card, lane, next(self._order)), now)
+                self._hold(OpenJob(job, at, admission.card, lane, next(self._order), now), now)
             case "duplicate":
                 self._outcomes.skip(at)
             case "conflict":
@@ -116,12 +129,15 @@ class Intake:
     def _hold(self, job: OpenJob, now: float) -> None:
         self._memory.hold(job)
         if job.job.not_before > now:
-            heapq.heappush(self._delayed, (job.job.not_before, job.order, job))
+            wake_at = min(job.job.not_before, job.job.deadline_at)
+            heapq.heappush(self._delayed, (wake_at, job.order, job))
         else:
             self._batcher.add([job])
 
     def _cancel(self, record: Record, now: float) -> None:
+        self._outcomes.skip(record.position)
+        if record.headers.get("ce_type") != CANCEL_TYPE:
+            return
         self._memory.cancel(record.key)
         if job := self._batcher.remove(record.key):
             self._outcomes.end(job.job, job.at, "cancelled", now)
-        self._outcomes.skip(record.position)

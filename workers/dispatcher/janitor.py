@@ -11,12 +11,12 @@ from infra.logs import get_logger
 from infra.objects import ObjectStore
 from schemas.errors import Transient
 from schemas.payloads import TENANTS
-from schemas.topics import RESULTS, TOPIC_BY_NAME
+from schemas.topics import TOPIC_BY_NAME, TOPICS
 
 TRIM_EVERY_S = 60.0
 SWEEP_EVERY_S = 3600.0
-KEEP_OBJECTS_S = TOPIC_BY_NAME[RESULTS].retention_s
-"""An object lives as long as the records that may name it; one that none names goes at the same age."""
+KEEP_OBJECTS_S = max(topic.retention_s for topic in TOPICS)
+"""An object outlives every record that may name it; one that none names goes at the same age."""
 
 logger = get_logger("dispatcher.janitor")
 

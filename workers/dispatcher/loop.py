@@ -61,6 +61,7 @@ class Dispatcher:
         self.outcomes = outcomes
         self.wall = wall
         self.monotonic = monotonic
+        self._slot: SlotToken | None = None
         self._tidy_at = 0.0
 
     def step(self, *, draining: bool = False) -> None:
@@ -69,25 +70,31 @@ class Dispatcher:
         Raises Transient when the log or Redis does not answer: call again a little later, nothing is lost.
         """
         self.outcomes.commit(self.wall())
-        token = self._listen(draining)
-        now = self.wall()
         try:
-            if not draining:
-                self.intake.receive(now)
-                token = self._dispatch(token, now)
-            self._tidy(now)
+            self._listen(draining)
+            self._act(draining)
+            self._tidy(self.wall())
         finally:
+            self._return_slot()
             self.outcomes.commit(self.wall())
-            if token is not None:
-                self.fleet.return_slot(token)
 
-    def _listen(self, draining: bool) -> SlotToken | None:
-        """Sleep until something happens; settle what workers report; return a slot that came free."""
+    def _listen(self, draining: bool) -> None:
+        """Sleep until something happens; settle what workers report; keep a slot that came free."""
         now = self.wall()
-        seats = [] if draining else self._seats(now)
-        signals = self.fleet.wait(self.slot, seats, self._patience_s(now, bool(seats)))
+        seats = [] if draining or self._slot else self._seats(now)
+        patience_s = IDLE_S if draining else self._patience_s(now, bool(seats))
+        signals = self.fleet.wait(self.slot, seats, patience_s)
+        self._slot = signals.token or self._slot
         self.settlement.settle(signals.completions, self.wall())
-        return signals.token
+
+    def _act(self, draining: bool) -> None:
+        if draining:
+            return
+        try:
+            self.intake.receive(self.wall())
+        finally:
+            # Whatever kept records from coming in, jobs in hand go on.
+            self._dispatch(self.wall())
 
     def _patience_s(self, now: float, ready: bool) -> float:
         if len(self.batcher) and not ready:
@@ -103,31 +110,38 @@ class Dispatcher:
             return ["any", "live"]
         return ["any"] if lanes else []
 
-    def _dispatch(self, token: SlotToken | None, now: float) -> SlotToken | None:
-        """Give batches to slots while there are both; returns a slot that found no use."""
+    def _dispatch(self, now: float) -> None:
+        """Give batches to slots while there are both."""
         while seats := self._seats(now):
-            token = token or self.fleet.take_slot(seats)
-            if token is None:
-                return None
-            jobs = self.batcher.next_batch(LANES if token.seat == "any" else LIVE_LANES, now)
+            self._slot = self._slot or self.fleet.take_slot(seats)
+            if self._slot is None:
+                return
+            lanes = LANES if self._slot.seat == "any" else LIVE_LANES
+            jobs = self.batcher.next_batch(lanes, now)
             if not jobs:
-                break
-            self._send(token, jobs)
-            token = None
-        return token
+                return
+            self._send(self._slot, jobs)
+
+    def _return_slot(self) -> None:
+        """Hand back a slot that found no use."""
+        if self._slot is not None:
+            self.fleet.return_slot(self._slot)
+            self._slot = None
 
     def _send(self, token: SlotToken, jobs: list[OpenJob]) -> None:
-        """Lease a batch to the worker behind the slot. If Redis fails the jobs go back to wait."""
+        """Lease a batch to the worker behind the slot. A send that fails may have gone through all the same,
+        so its jobs wait for the lease to end before they go again."""
         batch = self._batch(jobs)
         try:
             self.fleet.lease(batch)
-            self.mailboxes.send(token.worker, batch.id, token.packed())
         except Transient:
             self.batcher.add(jobs)
             raise
         for job in jobs:
             job.dispatches += 1
         self.leases.grant(batch.id, token.worker, jobs, self.monotonic())
+        self._slot = None
+        self.mailboxes.send(token.worker, batch.id, token.packed())
         logger.debug("batch_sent", batch=batch.id, worker=token.worker, jobs=len(jobs))
 
     def _batch(self, jobs: list[OpenJob]) -> Batch:
@@ -149,9 +163,11 @@ class Dispatcher:
         if self.monotonic() < self._tidy_at:
             return
         self._tidy_at = self.monotonic() + TIDY_EVERY_S
+        self.intake.expire(now)
+        self.view_writer.catch_up(now)
         if self.view_writer.behind:
+            # Redis lost its memory, and so every lease: no need to wait for each to run out.
             self.leases.all_due()
-            self.view_writer.catch_up(now)
         self._check_leases(now)
         self._show_running()
 

@@ -20,6 +20,7 @@ from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import Mailboxes, make_app
 from schemas.errors import Transient
+from schemas.jobs import CANCEL_TYPE
 from schemas.topics import CONTROL, KEYS, TOPIC_BY_NAME
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
@@ -71,8 +72,9 @@ class Process:
         self.log = log
         self.fleet = Fleet(redis)
         self.memory = JobMemory(options.dedupe_window_s, options.dedupe_jobs)
-        recall(self.memory, log, options.dedupe_window_s)
+        # Joining fences the dispatcher before this one; only then is what it wrote complete.
         self.consumer = log.consumer(GROUP, TOPICS, window=options.window)
+        recall(self.memory, log, options.dedupe_window_s)
         self.batcher = Batcher(LaneClock(), options.batch_bytes)
         self.leases = Leases(options.lease_s)
         view = JobView(redis)
@@ -119,7 +121,7 @@ class Process:
                 self.guarded_step(draining=False)
                 self.housekeep()
             drain_until = time.monotonic() + DRAIN_S
-            while len(self.leases) and time.monotonic() < drain_until:
+            while (self.leases or self.outcomes) and time.monotonic() < drain_until:
                 self.guarded_step(draining=True)
         except Fenced:
             logger.error("fenced", action="another dispatcher took over; this one ends")
@@ -183,7 +185,8 @@ def recall(memory: JobMemory, log: EventLog, keys_window_s: float) -> None:
     for record in log.read([KEYS], time.time() - keys_window_s):
         memory.remember_key(record.key, record.headers.get("fingerprint", ""), record.time)
     for record in log.read([CONTROL], time.time() - TOPIC_BY_NAME[CONTROL].retention_s):
-        memory.cancel(record.key)
+        if record.headers.get("ce_type") == CANCEL_TYPE:
+            memory.cancel(record.key)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ CANCELS_MOST = 100_000
 class OpenJob:
     """A job in hand, from admission to its one outcome.
 
-    job: with its version pinned. lane: whose credit it uses. order: by admission. dispatches: batches it was in.
+    job: with its version pinned. lane: whose credit it uses. order: by admission.
+    admitted_at: seconds since the epoch, by this clock. dispatches: batches it was in.
     """
 
     job: Job
@@ -29,6 +30,7 @@ class OpenJob:
     card: ModelCard
     lane: Lane
     order: int
+    admitted_at: float
     dispatches: int = 0
 
     @property
@@ -50,6 +52,7 @@ class JobMemory:
         self._keys_most = keys_most
         self._keys: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self._cancels: OrderedDict[str, None] = OrderedDict()
+        self._moved: dict[str, str] = {}
         self.open: dict[str, OpenJob] = {}
         self.held_bytes = 0
 
@@ -57,13 +60,18 @@ class JobMemory:
         self.open[job.job.id] = job
         self.held_bytes += job.inline_bytes
 
-    def moved(self, job_id: str) -> None:
-        """The job is no longer in hand; the retry topic has it."""
-        if job := self.open.pop(job_id, None):
-            self.held_bytes -= job.inline_bytes
+    def moved(self, job: Job) -> None:
+        """The job is no longer in hand; the retry topic has it, and its key stays taken."""
+        self._let_go(job.id)
+        if job.key is not None:
+            self._moved[job.id] = job.fingerprint
+
+    def returned(self, job_id: str) -> None:
+        """The job came back from the retry topic."""
+        self._moved.pop(job_id, None)
 
     def ended(self, job: Job, now: float) -> None:
-        self.moved(job.id)
+        self._let_go(job.id)
         self._cancels.pop(job.id, None)
         if job.key is not None:
             self.remember_key(job.id, job.fingerprint, now)
@@ -78,8 +86,10 @@ class JobMemory:
         """The fingerprint under which this id is in use, NO_KEY for one without a key; None if it is new."""
         if job := self.open.get(job_id):
             return job.job.fingerprint if job.job.key is not None else NO_KEY
-        fingerprint, at = self._keys.get(job_id, (None, 0.0))
-        return fingerprint if now - at <= self._keys_window_s else None
+        if fingerprint := self._moved.get(job_id):
+            return fingerprint
+        known, at = self._keys.get(job_id, (None, 0.0))
+        return known if now - at <= self._keys_window_s else None
 
     def cancel(self, job_id: str) -> None:
         self._cancels[job_id] = None
@@ -88,3 +98,7 @@ class JobMemory:
 
     def is_cancelled(self, job_id: str) -> bool:
         return job_id in self._cancels
+
+    def _let_go(self, job_id: str) -> None:
+        if job := self.open.pop(job_id, None):
+            self.held_bytes -= job.inline_bytes

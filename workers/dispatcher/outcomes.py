@@ -96,7 +96,7 @@ class Outcomes:
         )
         self._outputs.append(NewRecord(RETRY, job.id, retry_headers(again), job_value(again)))
         self.counts["retried"] += 1
-        self._memory.moved(job.id)
+        self._memory.moved(job)
         self.skip(at)
 
     def skip(self, at: Position) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from infra.logs import get_logger
-from schemas.batches import Completion, ItemOutcome
+from schemas.batches import DEADLINE_PASSED, Completion, ItemOutcome
 from schemas.errors import InferenceFailed, PipelineError
 from workers.dispatcher.batching import Batcher
 from workers.dispatcher.leases import Lease, Leases
@@ -35,10 +35,13 @@ class Settlement:
             if lease is None:
                 logger.info("completion_ignored", batch=completion.batch_id)
                 continue
-            if not completion.items:
-                self._batcher.add(lease.jobs)
+            if len(completion.items) != len(lease.jobs) and completion.items:
+                logger.error("completion_malformed", batch=completion.batch_id)
+                self.lost(lease, begun=True, now=now)
                 continue
-            for job, item in zip(lease.jobs, completion.items, strict=True):
+            for job in lease.jobs if not completion.items else ():
+                self._run_again(job, now)
+            for job, item in zip(lease.jobs, completion.items, strict=False):
                 self._judge(job, item, completion.worker, now)
 
     def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
@@ -54,7 +57,7 @@ class Settlement:
         )
         for job in lease.jobs:
             if not begun and job.dispatches < MAX_DISPATCHES:
-                self._batcher.add([job])
+                self._run_again(job, now)
                 continue
             error = InferenceFailed(
                 "worker_died",
@@ -66,7 +69,7 @@ class Settlement:
     def _judge(self, job: OpenJob, item: ItemOutcome, worker: str, now: float) -> None:
         if self._memory.is_cancelled(job.job.id):
             self._outcomes.end(job.job, job.at, "cancelled", now)
-        elif now >= job.job.deadline_at:
+        elif now >= job.job.deadline_at or item.code == DEADLINE_PASSED:
             self._outcomes.end(job.job, job.at, "expired", now)
         elif item.code is None:
             self._outcomes.answer(job.job, job.at, item, worker, now)
@@ -74,10 +77,19 @@ class Settlement:
             error = PipelineError(item.code, item.message or item.code)
             self._failed(job, error, now, passing=item.retry, suspect=False)
 
+    def _run_again(self, job: OpenJob, now: float) -> None:
+        """As if it had never been sent; nobody is charged."""
+        if self._memory.is_cancelled(job.job.id):
+            self._outcomes.end(job.job, job.at, "cancelled", now)
+        else:
+            self._batcher.add([job])
+
     def _failed(
         self, job: OpenJob, error: PipelineError, now: float, *, passing: bool, suspect: bool
     ) -> None:
-        if passing and job.job.attempt + 1 < job.card.limits.max_attempts:
+        if self._memory.is_cancelled(job.job.id):
+            self._outcomes.end(job.job, job.at, "cancelled", now)
+        elif passing and job.job.attempt + 1 < job.card.limits.max_attempts:
             self._outcomes.retry(job.job, job.at, now, suspect=suspect)
         else:
             self._outcomes.fail(job.job, job.at, error, now)

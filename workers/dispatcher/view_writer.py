@@ -15,6 +15,7 @@ from schemas.topics import RESULTS
 
 REBUILD_CHUNK = 500
 MARGIN_S = 2.0
+LOOK_EVERY_S = 1.0
 RATE_WINDOW_S = 10.0
 SHORTEST_S = 60
 
@@ -50,12 +51,14 @@ class ViewWriter:
         self._ttl = ttl
         self._replay: Iterator[Record] | None = None
         self._replay_from = 0.0
+        self._looked_at = 0.0
         self.behind = True
 
     def show(self, ended: Sequence[Ended], now: float) -> None:
         """Show outcomes that the log already has."""
         self._ttl.count(len(ended), now)
         try:
+            self._looked_at = now
             remembers = self._view.ended(ended, self._ttl.seconds, None if self.behind else now)
         except Transient:
             self._fall_behind()
@@ -73,7 +76,9 @@ class ViewWriter:
             self._fall_behind()
 
     def catch_up(self, now: float) -> None:
-        """One bounded step of a rebuild, if one is needed."""
+        """Look whether the view still has its memory; one bounded step of a rebuild if it has not."""
+        if not self.behind and now - self._looked_at >= LOOK_EVERY_S:
+            self.show((), now)
         if not self.behind:
             return
         try:
@@ -88,9 +93,10 @@ class ViewWriter:
         self._replay = None
 
     def _begin(self, now: float) -> None:
-        since = self._view.complete_to()
-        since = now - self._ttl.longest_s if since is None else since - MARGIN_S
-        self._view.ended((), 1, since)
+        complete_to = self._view.complete_to()
+        since = now - self._ttl.longest_s if complete_to is None else complete_to - MARGIN_S
+        if complete_to is None:
+            self._view.rebuild_from(since)
         self._replay_from = now
         self._replay = self._log.read([RESULTS], since)
 
@@ -100,5 +106,6 @@ class ViewWriter:
         self._view.show([(record.key, record.value) for record in records], self._ttl.seconds)
         if len(records) < REBUILD_CHUNK:
             self._replay = None
-            # The mark that _begin set must still stand, or Redis was emptied once more meanwhile.
+            # The mark of _begin must still stand, or Redis was emptied once more meanwhile.
             self.behind = not self._view.ended((), 1, self._replay_from)
+            self._looked_at = self._replay_from

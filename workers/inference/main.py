@@ -89,7 +89,11 @@ class Worker:
         bundle = Bundle.open(folder, check_graphs=False)
         model = load_model(bundle, self.cache, budget_bytes=self.settings.worker.memory_bytes)
         loaded = time.perf_counter()
-        model.warm()
+        try:
+            model.warm()
+        except BaseException:
+            model.close()
+            raise
         logger.info(
             "model_loaded",
             model=f"{name}/{version}",
@@ -128,12 +132,15 @@ class Worker:
     def end_drain(self) -> None:
         try:
             self.fleet.clear_slots(self.hand.worker)
-            if self._stopped.wait(self.settings.worker.drain_s):
-                return
-            for held in self.hand.held():
-                self.runner.give_back(held.batch)
         except Transient as error:
-            logger.warning("drain_incomplete", error=error.message)
+            logger.warning("slots_not_withdrawn", error=error.message)
+        if self._stopped.wait(self.settings.worker.drain_s):
+            return
+        for held in self.hand.held():
+            try:
+                self.runner.give_back(held.batch)
+            except Transient as error:
+                logger.warning("batch_not_given_back", batch=held.batch.id, error=error.message)
         if not self._stopped.is_set():
             logger.warning("drain_over", left=len(self.hand.held()))
             os._exit(0)

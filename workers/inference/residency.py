@@ -42,6 +42,7 @@ class Residency:
             with place.loading:
                 if place.model is None:
                     place.model = self._load(name, version)
+                    self._make_room()
             yield place.model
         finally:
             self._leave(place)
@@ -77,6 +78,10 @@ class Residency:
                 self._places = OrderedDict(
                     (key, other) for key, other in self._places.items() if other is not place
                 )
+        self._make_room()
+
+    def _make_room(self) -> None:
+        with self._lock:
             dropped = self._over_budget()
         for model in dropped:
             model.close()

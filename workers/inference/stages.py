@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import TypeVar
 
+import msgspec
+
 from infra.logs import get_logger
 from infra.objects import ObjectStore
 from pipelines.model import LoadedModel, Row
-from schemas.batches import Batch, BatchItem, ItemOutcome
+from schemas.batches import DEADLINE_PASSED, Batch, BatchItem, ItemOutcome
 from schemas.errors import InferenceFailed, PipelineError, Transient
 from schemas.payloads import RESULT_INLINE_LIMIT_BYTES, Ref, result_key
 from schemas.results import StageTimes
@@ -35,7 +37,7 @@ class _Run:
     """One item on its way. row: its arrays, input first, then output. error: why it went no further."""
 
     item: BatchItem
-    fetched: Future[bytes] | None = None
+    data: bytes = b""
     row: Row | None = None
     error: PipelineError | None = None
     answer: bytes | None = None
@@ -61,9 +63,7 @@ class Stages:
         started = time.time()
         runs = [_Run(item) for item in batch.items]
         live = [run for run in runs if run.item.deadline_at > started]
-        for run in live:
-            if ref := run.item.payload.ref:
-                run.fetched = self._fetchers.submit(self._objects.fetch, ref)
+        self._load(live)
         self._spread(lambda part: self._decode(model, part), self._parts(live, len(live)))
         ready = sorted(
             (r for r in live if r.row is not None), key=lambda r: model.cost(r.row or {})
@@ -92,15 +92,28 @@ class Stages:
             for done in [self._pool.submit(work, part) for part in parts]:
                 done.result()
 
+    def _load(self, runs: Sequence[_Run]) -> None:
+        """Wait here for what lies in the object store, so that no executor does."""
+        began = time.perf_counter()
+        fetching = {
+            index: self._fetchers.submit(self._objects.fetch, run.item.payload.ref)
+            for index, run in enumerate(runs)
+            if run.item.payload.ref
+        }
+        for index, run in enumerate(runs):
+            with _caught(run):
+                fetched = fetching.get(index)
+                run.data = fetched.result() if fetched else run.item.payload.data or b""
+            run.load_ms = _ms_since(began)
+
     def _decode(self, model: LoadedModel, runs: Iterable[_Run]) -> None:
         for run in runs:
+            if run.error:
+                continue
             began = time.perf_counter()
             with _caught(run):
-                data = run.fetched.result() if run.fetched else run.item.payload.data or b""
-                run.load_ms = _ms_since(began)
-                began = time.perf_counter()
-                run.row = model.decode(data, run.item.payload.content_type, run.item.params)
-            run.fetched = None
+                run.row = model.decode(run.data, run.item.payload.content_type, run.item.params)
+            run.data = b""
             run.decode_ms = _ms_since(began)
 
     def _compute(self, model: LoadedModel, runs: Sequence[_Run]) -> None:
@@ -145,6 +158,13 @@ def _caught(run: _Run) -> Iterator[None]:
         run.error, run.row = _as_pipeline_error(error), None
 
 
+def failed(error: Exception) -> ItemOutcome:
+    """An item that failed, as the dispatcher wants it. What is no error of ours is a bug in a step: it goes
+    to the log with its traceback, and is the job's failure."""
+    known = _as_pipeline_error(error)
+    return ItemOutcome(code=known.code, message=known.message, retry=isinstance(known, Transient))
+
+
 def _as_pipeline_error(error: Exception) -> PipelineError:
     if isinstance(error, PipelineError):
         return error
@@ -163,12 +183,9 @@ def _outcome(run: _Run, started: float) -> ItemOutcome:
         run.store_ms,
     )
     if run.error is not None:
-        passing = isinstance(run.error, Transient)
-        return ItemOutcome(
-            code=run.error.code, message=run.error.message, retry=passing, times=times
-        )
+        return msgspec.structs.replace(failed(run.error), times=times)
     if run.answer is None and run.ref is None:
-        return ItemOutcome(code="deadline_passed", message="The deadline passed before the start.")
+        return ItemOutcome(code=DEADLINE_PASSED, message="The deadline passed before the start.")
     return ItemOutcome(run.answer, run.ref, times=times)
 
 

@@ -10,11 +10,11 @@ from celery import Celery
 from infra.fleet import Fleet, SlotToken
 from infra.logs import get_logger
 from schemas.batches import RUN_BATCH, Batch, Completion, ItemOutcome
-from schemas.errors import PipelineError, Transient
+from schemas.errors import Transient
 from workers.inference.gate import Gate
 from workers.inference.hand import Hand, Held
 from workers.inference.residency import Residency
-from workers.inference.stages import Stages
+from workers.inference.stages import Stages, failed
 
 REPORT_TRIES = 60
 REPORT_PAUSE_S = 0.5
@@ -46,16 +46,11 @@ class BatchRunner:
         """Never raises for Redis: a batch that cannot be fetched or reported comes back by its lease."""
         token = SlotToken.unpack(slot)
         try:
-            batch = self._fleet.fetch(batch_id)
-            held = self._hand.hold(batch, token.seat) if batch else None
+            self._take(batch_id, token)
         except Transient as error:
-            logger.warning("batch_not_fetched", batch=batch_id, error=error.message)
-            held = None
-        self._hand.used(token)
-        try:
-            if held:
-                self._take(held)
+            logger.warning("batch_left", batch=batch_id, error=error.message)
         finally:
+            self._hand.used(token)
             self._hand.drop(batch_id)
             self.offer_slots()
 
@@ -71,40 +66,59 @@ class BatchRunner:
         """Return a batch unrun; its jobs go elsewhere and nobody is charged."""
         self._fleet.complete(batch, Completion(batch.id, self._hand.worker, []))
 
-    def _take(self, held: Held) -> None:
-        batch = held.batch
+    def _take(self, batch_id: str, token: SlotToken) -> None:
+        batch = self._fleet.fetch(batch_id)
+        if batch is None:
+            logger.warning("lease_lost", batch=batch_id, at="fetch")
+            return
+        held = self._hand.hold(batch, token.seat)
+        self._hand.used(token)
         if self._hand.closed:
             self.give_back(batch)
             return
         with self._gate.passage(alone=batch.alone):
-            if not self._fleet.begin(batch):
-                logger.warning("lease_lost", batch=batch.id, at="begin")
-                return
-            held.began_at = time.monotonic()
-            items = self._run(batch)
-            held.began_at = 0.0
-        self.jobs_done += len(items)
-        self._report(batch, Completion(batch.id, self._hand.worker, items))
+            items = self._run(held)
+        if items is not None:
+            self.jobs_done += len(items)
+            self._report(batch, Completion(batch.id, self._hand.worker, items))
 
-    def _run(self, batch: Batch) -> list[ItemOutcome]:
+    def _run(self, held: Held) -> list[ItemOutcome] | None:
+        """One outcome per item; None if the lease was lost before anything was run."""
+        batch = held.batch
         began = time.perf_counter()
         try:
             with self._residency.use(batch.model, batch.version) as model:
+                # Only now: a batch whose model is still being loaded is not suspect.
+                if not self._begins(batch):
+                    return None
+                held.began_at = time.monotonic()
                 items = self._stages.run(batch, model)
-        except PipelineError as error:
-            passing = isinstance(error, Transient)
-            items = [
-                ItemOutcome(code=error.code, message=error.message, retry=passing)
-                for _ in batch.items
-            ]
-        failed = sum(item.code is not None for item in items)
+        except Exception as error:
+            items = [failed(error)] * len(batch.items)
+        finally:
+            held.began_at = 0.0
+        self._log(batch, items, (time.perf_counter() - began) * 1000)
+        return items
+
+    def _begins(self, batch: Batch) -> bool:
+        """Mark the batch as begun; False if its lease is lost, or cannot be looked up."""
+        try:
+            begun = self._fleet.begin(batch)
+        except Transient as error:
+            logger.warning("batch_left", batch=batch.id, error=error.message)
+            return False
+        if not begun:
+            logger.warning("lease_lost", batch=batch.id, at="begin")
+        return begun
+
+    def _log(self, batch: Batch, items: list[ItemOutcome], ms: float) -> None:
         logger.info(
             "batch_run",
             batch=batch.id,
             model=f"{batch.model}/{batch.version}",
             jobs=len(items),
-            failed=failed,
-            ms=round((time.perf_counter() - began) * 1000, 1),
+            failed=sum(item.code is not None for item in items),
+            ms=round(ms, 1),
         )
         for item, outcome in zip(batch.items, items, strict=True):
             if outcome.code:
@@ -115,7 +129,6 @@ class BatchRunner:
                     batch=batch.id,
                     code=outcome.code,
                 )
-        return items
 
     def _report(self, batch: Batch, completion: Completion) -> None:
         """The work is done, so a Redis that is away is waited for, as long as the lease could stand."""

@@ -117,29 +117,28 @@ async def test_two_waits_at_once_each_have_an_ear_of_their_own(
 ) -> None:
     """A connection to Redis is not to be read by two threads at once."""
     handles = await async_client.submit_many("echo", ["1", "2", "3", "4"])
+    both_wait, used = threading.Barrier(2), list[int]()
+    open_ear = view.notices
+
+    def watched(client: str) -> Any:
+        ear = open_ear(client)
+
+        def wait(timeout_s: float) -> list[str]:
+            used.append(id(ear))
+            both_wait.wait(PATIENCE_S)
+            for handle in handles:
+                view.end(succeeded(handle.id))
+            return [handle.id for handle in handles]
+
+        ear.wait = wait
+        return ear
+
+    view.notices = watched
     one, other = async_client.results(handles[:2]), async_client.results(handles[2:])
     for first, results in ((handles[0], one), (handles[2], other)):
-        view.on["wait"] = [lambda first=first: view.end(succeeded(first.id))]
+        view.end(succeeded(first.id))
         await anext(results)
 
-    both_wait = threading.Barrier(2)
-    ears: list[int] = []
+    await asyncio.gather(anext(one), anext(other))
 
-    def note_the_ear(ear: Any) -> Callable[[float], list[str]]:
-        def wait(timeout_s: float) -> list[str]:
-            ears.append(id(ear))
-            both_wait.wait(PATIENCE_S)
-            return [handles[1].id, handles[3].id]
-
-        return wait
-
-    for ear in view.ears:
-        ear.wait = note_the_ear(ear)
-    pending = [asyncio.ensure_future(anext(results)) for results in (one, other)]
-    while len(ears) < 2:
-        await asyncio.sleep(0)
-    for handle in handles:
-        view.end(succeeded(handle.id))
-    await asyncio.gather(*pending)
-
-    assert len(set(ears)) == 2
+    assert len(set(used)) == len(used) == 2

@@ -24,7 +24,7 @@ def test_a_job_within_its_limits_passes(make_job: Make, make_card: MakeCard) -> 
     job = make_job(payload=Payload("text/plain", data=b"12345"))
 
     check_limits(job, make_card(max_bytes=5))
-    check_deadline(job, 3600)
+    check_deadline(job, 3600, job.submitted_at)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,15 @@ def test_a_model_of_another_modality_is_refused(make_job: Make, make_card: MakeC
 
 def test_a_deadline_further_ahead_than_the_log_keeps_is_refused(make_job: Make) -> None:
     with pytest.raises(InvalidJob, match="at most 3599 s") as caught:
-        check_deadline(make_job(), 3599)
+        job = make_job()
+        check_deadline(job, 3599, job.submitted_at)
 
     assert caught.value.code == "deadline_too_far"
 
 
-@pytest.mark.parametrize("key", [payload_key("default", "job", "u"), result_key("default", "j", "u")])
+@pytest.mark.parametrize(
+    "key", [payload_key("default", "job", "u"), result_key("default", "j", "u")]
+)
 def test_our_own_keys_lie_under_the_tenants_prefix(
     make_job: Make, make_card: MakeCard, key: str
 ) -> None:

@@ -178,9 +178,7 @@ def test_a_result_is_written_so_that_version_1_reads_it(name: str, outcome: Outc
     assert json.loads(value).items() <= written.items()
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("batch.v1", BATCH), ("completion.v1", COMPLETION)]
-)
+@pytest.mark.parametrize(("name", "message"), [("batch.v1", BATCH), ("completion.v1", COMPLETION)])
 def test_a_message_is_written_with_the_fields_of_version_1_in_their_places(
     name: str, message: Batch | Completion
 ) -> None:

@@ -338,8 +338,15 @@ class FakeView:
                     self.told[job.reply_to].append(job.job_id)
             if complete_to is None:
                 return True
-            before, self.mark = self.mark, complete_to
-            return before is not None
+            if self.mark is None:
+                return False
+            self.mark = complete_to
+            return True
+
+    def rebuild_from(self, since: float) -> None:
+        with _Call(self._faults, "view.rebuild_from"):
+            if self.mark is None:
+                self.mark = since
 
     def complete_to(self) -> float | None:
         with _Call(self._faults, "view.complete_to"):

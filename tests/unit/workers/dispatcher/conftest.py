@@ -48,7 +48,7 @@ def make_open(
         )
         lane = lane_of(job.topic)
         assert lane is not None
-        return OpenJob(job, Position(job.topic, 0, number), card, lane, number)
+        return OpenJob(job, Position(job.topic, 0, number), card, lane, number, job.submitted_at)
 
     return make
 

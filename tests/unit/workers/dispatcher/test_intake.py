@@ -25,6 +25,7 @@ def take(world: Any, seconds: float = 0.0) -> None:
     now = world.clock.wall()
     world.intake.receive(now)
     world.intake.wake(now)
+    world.intake.expire(now)
     world.outcomes.commit(now)
 
 
@@ -109,9 +110,7 @@ def test_a_job_that_cannot_run_fails_at_once_with_a_dead_letter(
     assert world.memory.open == {}
 
 
-def test_a_job_that_comes_too_late_is_expired(
-    world: Any, make_job: MakeJob, noon: float
-) -> None:
+def test_a_job_that_comes_too_late_is_expired(world: Any, make_job: MakeJob, noon: float) -> None:
     world.submit(make_job(id="a", deadline_at=noon - 1))
 
     take(world)

@@ -42,9 +42,7 @@ def janitor(log: Any, objects: Any, clock: Any) -> Janitor:
     return Janitor(log, objects, clock.wall)
 
 
-def test_old_objects_of_tenants_go_and_nothing_else(
-    janitor: Janitor, objects: FakeObjects
-) -> None:
+def test_old_objects_of_tenants_go_and_nothing_else(janitor: Janitor, objects: FakeObjects) -> None:
     assert janitor.sweep_objects(threading.Event()) == 2
     assert objects.held.keys() == {"tenants/b/payloads/young", "models/echo/1/card.json"}
 

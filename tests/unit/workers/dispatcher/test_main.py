@@ -88,9 +88,7 @@ def test_trouble_is_waited_through_and_its_end_noted(
     assert len(sleeps) == 3
 
 
-def test_a_bug_is_not_taken_for_trouble(
-    process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_is_not_taken_for_trouble(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: object) -> None:
         raise ZeroDivisionError
 

@@ -70,10 +70,10 @@ def test_held_bytes_are_those_of_inline_payloads_in_hand(
         memory.hold(job)
     assert memory.held_bytes == 300
 
-    memory.moved("a")
+    memory.moved(jobs[0].job)
     memory.ended(jobs[1].job, noon)
     memory.ended(jobs[1].job, noon)
-    memory.moved("unknown")
+    memory.moved(make_open(id="unknown").job)
 
     assert memory.held_bytes == 100
 

@@ -95,7 +95,11 @@ def test_a_failure_is_a_dead_letter_that_says_where_from_and_why_and_a_result(
         "x-error-message": "It was bad.",
     }
     outcome = decode_outcome(result.value)
-    assert (outcome.status, outcome.code, outcome.message) == ("failed", "bad_output", "It was bad.")
+    assert (outcome.status, outcome.code, outcome.message) == (
+        "failed",
+        "bad_output",
+        "It was bad.",
+    )
     assert outcome.attempts == 3
 
 

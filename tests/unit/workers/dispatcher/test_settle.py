@@ -98,9 +98,7 @@ def test_a_passing_failure_is_retried_until_the_attempts_are_used_up(
     assert letter.value == b"hello"
 
 
-def test_a_model_that_allows_one_attempt_has_one(
-    make_world: Any, make_job: MakeJob
-) -> None:
+def test_a_model_that_allows_one_attempt_has_one(make_world: Any, make_job: MakeJob) -> None:
     world = make_world(max_attempts=1)
     world.submit(make_job(id="a"))
     world.intake.receive(world.clock.wall())

@@ -104,7 +104,9 @@ class FakeModel:
     def encode(self, row: Any) -> bytes:
         words = str(row["y"])
         self._fail("encode", words)
-        return msgspec.json.encode({"said": words, "more": "x" * 10_000 if "large" in words else ""})
+        return msgspec.json.encode(
+            {"said": words, "more": "x" * 10_000 if "large" in words else ""}
+        )
 
     def _fail(self, stage: str, words: str) -> None:
         if words == f"bad {stage}":

@@ -101,9 +101,7 @@ def test_one_alone_waits_until_nobody_is_inside(visitor: Any, soon: Soon, blocke
     assert alone.beside[0] == 1
 
 
-def test_nobody_goes_in_beside_one_alone(
-    visitor: Any, soon: Soon, blocked: Any, crew: Any
-) -> None:
+def test_nobody_goes_in_beside_one_alone(visitor: Any, soon: Soon, blocked: Any, crew: Any) -> None:
     alone = visitor(alone=True)
     soon(alone.entered)
     others = [visitor(alone=kind) for kind in (False, True, False)]
@@ -119,9 +117,7 @@ def test_nobody_goes_in_beside_one_alone(
     assert others[1].beside == [1, 1]
 
 
-def test_one_alone_goes_before_those_who_came_later(
-    visitor: Any, soon: Soon, blocked: Any
-) -> None:
+def test_one_alone_goes_before_those_who_came_later(visitor: Any, soon: Soon, blocked: Any) -> None:
     first = visitor(alone=False)
     soon(first.entered)
     alone = visitor(alone=True)

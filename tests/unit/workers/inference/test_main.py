@@ -19,9 +19,7 @@ class Ended(BaseException):
 
 
 @pytest.fixture
-def worker(
-    tmp_path: Any, fleet: Any, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Worker]:
+def worker(tmp_path: Any, fleet: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = load_settings(data_dir=tmp_path, worker={"name": "w", "drain_s": 0})
     worker = Worker(settings)

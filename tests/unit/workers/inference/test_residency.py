@@ -133,9 +133,7 @@ def test_a_model_is_at_hand_while_another_loads(
     go_on.set()
 
 
-def test_over_the_budget_the_least_recently_used_goes(
-    residency: Residency, loader: Loader
-) -> None:
+def test_over_the_budget_the_least_recently_used_goes(residency: Residency, loader: Loader) -> None:
     use(residency, "a", "b", "a", "c")
 
     assert residency.names() == ["a/1", "c/1"]

@@ -64,9 +64,7 @@ def sleeps() -> list[float]:
 
 
 @pytest.fixture
-def runner(
-    fleet: Any, hand: Hand, residency: Any, stages: Any, sleeps: list[float]
-) -> BatchRunner:
+def runner(fleet: Any, hand: Hand, residency: Any, stages: Any, sleeps: list[float]) -> BatchRunner:
     runner = BatchRunner(fleet, hand, residency, stages, sleeps.append)
     runner.offer_slots()
     return runner
