@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-THREADS = 8
+CALLS = 8
+WAITS = 64
 _END = object()
 
 
@@ -37,11 +38,7 @@ class AsyncJobHandle:
 
     async def result(self, timeout_s: float = WAIT_S) -> Result:
         """As JobHandle.result."""
-        async for outcome in self.client.results([self], timeout_s):
-            if isinstance(outcome, JobFailed):
-                raise outcome
-            return outcome
-        raise AssertionError("results gives one outcome per job or raises")
+        return await self.client.waited(partial(self.handle.result, timeout_s))
 
     async def status(self) -> Outcome:
         return await self.client.status(self.id)
@@ -51,11 +48,13 @@ class AsyncJobHandle:
 
 
 class AsyncClient:
-    """Takes what `Client` takes. At most THREADS calls are under way at once; the others wait their turn."""
+    """Takes what `Client` takes. At most CALLS calls and WAITS waits are under way at once, in threads;
+    the others wait their turn. For results of many jobs at once, `results` is one wait."""
 
     def __init__(self, **options: Any) -> None:
         self._client = Client(**options)
-        self._threads = ThreadPoolExecutor(THREADS, "headrace-client")
+        self._calls = ThreadPoolExecutor(CALLS, "headrace-call")
+        self._waits = ThreadPoolExecutor(WAITS, "headrace-wait")
 
     async def submit(
         self,
@@ -79,7 +78,7 @@ class AsyncClient:
     ) -> AsyncIterator[Result | JobFailed]:
         """As Client.results."""
         arriving = self._client.results([job.handle for job in jobs], timeout_s)
-        while (result := await self._call(partial(next, arriving, _END))) is not _END:
+        while (result := await self.waited(partial(next, arriving, _END))) is not _END:
             yield result
 
     async def status(self, job_id: str) -> Outcome:
@@ -93,7 +92,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         await self._call(self._client.close)
-        self._threads.shutdown(wait=False)
+        self._calls.shutdown(wait=False)
+        self._waits.shutdown(wait=False, cancel_futures=True)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -107,4 +107,8 @@ class AsyncClient:
         await self.close()
 
     async def _call(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self._calls, work)
+
+    async def waited(self, work: Callable[[], T]) -> T:
+        """Run what waits for jobs, apart from the calls, which must not queue behind it."""
+        return await asyncio.get_running_loop().run_in_executor(self._waits, work)

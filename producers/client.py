@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,13 +19,13 @@ from infra.catalogue import Catalogue
 from infra.eventlog import EventLog, NewRecord
 from infra.eventlog.open import open_log
 from infra.fleet import Fleet
-from infra.job_view import JobView, Notices
+from infra.job_view import JobView
 from infra.objects import ObjectStore, open_objects
 from infra.redis_client import Redis, connect_redis
 from infra.settings import Settings, load_settings
 from producers.job_search import find_job
 from producers.payloads import make_payload
-from producers.waiting import Waiter
+from producers.waiting import Ears, Waiter
 from schemas.admission import check_deadline, check_limits
 from schemas.errors import InvalidJob, JobFailed, Transient
 from schemas.jobs import (
@@ -34,7 +33,6 @@ from schemas.jobs import (
     DEFAULT_DEADLINE_S,
     JOB_ID,
     KEY_LIMIT_CHARS,
-    PARAMS_LIMIT_BYTES,
     PRIORITIES,
     TENANT,
     Job,
@@ -42,9 +40,10 @@ from schemas.jobs import (
     job_value,
     new_job_id,
     new_traceparent,
+    plain_params,
 )
 from schemas.models import ModelCard
-from schemas.results import Outcome, StageTimes
+from schemas.results import NO_ANSWER, Outcome, StageTimes
 from schemas.topics import CONTROL, LANES, jobs_topic
 
 if TYPE_CHECKING:
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
 
 APPEND_MOST = 500
 WAIT_S = 300.0
+CONFLICT = "idempotency_conflict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,13 @@ class JobHandle:
     fingerprint: str | None = None
 
     def result(self, timeout_s: float = WAIT_S) -> Result:
-        """Wait for the result. Raises JobFailed and what `wait` raises."""
+        """Wait for the result. Raises JobFailed, InvalidJob (idempotency_conflict) and what `wait` raises."""
         return self.client.result_of(self.wait(timeout_s))
 
     def wait(self, timeout_s: float = WAIT_S) -> Outcome:
         """Wait until the job has ended, however it did.
 
-        Raises TimeoutError, Transient when Redis stays away, and InvalidJob (idempotency_conflict).
+        Raises TimeoutError, and Transient when Redis stays away.
         """
         return next(self.client.outcomes([self], timeout_s))
 
@@ -141,8 +141,6 @@ class Client:
                 f"Expected a tenant matching {TENANT.pattern}, came {self.tenant!r}.",
             )
         self.id = secrets.token_hex(8)
-        self._local = threading.local()
-        self._notices: list[Notices] = []
 
     # ── submit ───────────────────────────────────────────────────────────────────────────────────
 
@@ -194,18 +192,22 @@ class Client:
                 yield self.result_of(outcome)
             except JobFailed as failure:
                 yield failure
+            except InvalidJob as conflict:
+                yield JobFailed(conflict.code, conflict.message)
 
     def outcomes(
         self, jobs: Iterable[JobHandle | str], timeout_s: float = WAIT_S
     ) -> Iterator[Outcome]:
         """Each job's outcome as it ends, in that order. Raises as `JobHandle.wait`."""
         handles = {handle.id: handle for handle in map(self._as_handle, jobs)}
-        waiter = Waiter(self._view, self.log, self._my_notices)
+        waiter = Waiter(self._view, self.log, self._ears)
         for outcome in waiter.ended(handles, timeout_s):
             yield _checked(outcome, handles[outcome.job_id])
 
     def result_of(self, outcome: Outcome) -> Result:
-        """The result of an outcome, fetched if it is an object. Raises JobFailed if there is none."""
+        """The result of an outcome, fetched if it is an object. Raises JobFailed or InvalidJob if there is none."""
+        if outcome.code == CONFLICT:
+            raise InvalidJob(CONFLICT, outcome.message or "")
         if outcome.status != "succeeded":
             raise JobFailed(
                 outcome.code or outcome.status,
@@ -224,7 +226,11 @@ class Client:
     def status(self, job_id: str) -> Outcome:
         """How the job stands now. Raises InvalidJob (job_unknown)."""
         _check_id(job_id)
-        seen = self._view.get([job_id])[0] or find_job(self.log, job_id)
+        try:
+            (seen,) = self._view.get([job_id])
+        except Transient:
+            seen = None
+        seen = seen or find_job(self.log, job_id)
         if seen is None:
             raise InvalidJob(
                 "job_unknown", f"No job {job_id} in the log of {self.settings.data_dir}."
@@ -243,8 +249,8 @@ class Client:
     # ── life ─────────────────────────────────────────────────────────────────────────────────────
 
     def close(self) -> None:
-        for notices in self._notices:
-            notices.close()
+        if "_ears" in self.__dict__:
+            self._ears.close()
         if "log" in self.__dict__:
             self.log.close()
         if "_redis" in self.__dict__:
@@ -290,13 +296,9 @@ class Client:
         with suppress(Transient):
             self.fleet.ring()
 
-    def _my_notices(self) -> Notices:
-        """This thread's ear on the client's channel."""
-        mine: Notices | None = getattr(self._local, "notices", None)
-        if mine is None:
-            mine = self._local.notices = self._view.notices(self.id)
-            self._notices.append(mine)
-        return mine
+    @cached_property
+    def _ears(self) -> Ears:
+        return Ears(lambda: self._view.notices(self.id))
 
     # ── parts of submit ──────────────────────────────────────────────────────────────────────────
 
@@ -307,6 +309,9 @@ class Client:
         card = self._catalogue.resolve(model, version)
         job_id = new_job_id(self.tenant, key)
         now = time.time()
+        deadline_at = now + (DEFAULT_DEADLINE_S if deadline_s is None else deadline_s)
+        params = plain_params(options.get("params") or {})
+        check_deadline(deadline_at, self.settings.dispatcher.max_deadline_s, now)
         job = Job(
             id=job_id,
             topic=jobs_topic(card.modality, tier or card.tier),  # type: ignore[arg-type]
@@ -322,15 +327,14 @@ class Client:
                 content_type=options.get("content_type"),
             ),
             submitted_at=now,
-            deadline_at=now + (DEFAULT_DEADLINE_S if deadline_s is None else deadline_s),
+            deadline_at=deadline_at,
             priority=options.get("priority", 0),
             key=key,
-            params=options.get("params") or {},
+            params=params,
             reply_to=self.id,
             traceparent=new_traceparent(),
         )
         check_limits(job, card)
-        check_deadline(job, self.settings.dispatcher.max_deadline_s, now)
         return job
 
     def _append(self, jobs: Sequence[Job]) -> None:
@@ -349,13 +353,17 @@ class Client:
 
 
 def _checked(outcome: Outcome, handle: JobHandle) -> Outcome:
-    """The outcome, unless it is that of other work under the same idempotency key."""
+    """The outcome; a conflict if it is that of other work under the same idempotency key."""
     if handle.fingerprint is None or handle.fingerprint == outcome.fingerprint:
         return outcome
-    raise InvalidJob(
-        "idempotency_conflict",
-        f"The idempotency key of job {outcome.job_id} already stands for another payload, model or "
-        "params; use a new key for new work.",
+    return msgspec.structs.replace(
+        outcome,
+        status="failed",
+        code=CONFLICT,
+        message=f"The idempotency key of job {outcome.job_id} already stands for another payload, "
+        "model or params; use a new key for new work.",
+        answer=NO_ANSWER,
+        ref=None,
     )
 
 
@@ -367,21 +375,26 @@ def _check_id(job_id: str) -> str:
 
 def _check_options(options: JobOptions, key: str | None) -> None:
     tier, priority = options.get("tier"), options.get("priority", 0)
-    deadline_s, params = options.get("deadline_s"), options.get("params")
+    deadline_s = options.get("deadline_s")
     if tier is not None and tier not in LANES:
         raise InvalidJob("tier_unknown", f"Expected a tier of {', '.join(LANES)}, came {tier!r}.")
-    if priority not in PRIORITIES:
-        raise InvalidJob("priority_invalid", f"Expected a priority of 0 to 9, came {priority}.")
+    if type(priority) is not int or priority not in PRIORITIES:
+        raise InvalidJob("priority_invalid", f"Expected a priority of 0 to 9, came {priority!r}.")
     if deadline_s is not None and not deadline_s > 0:
         raise InvalidJob(
             "deadline_past", f"Expected a deadline in the future, came {deadline_s} s from now."
         )
-    if key is not None and not 0 < len(key) <= KEY_LIMIT_CHARS:
+    if key is not None and not (0 < len(key) <= KEY_LIMIT_CHARS and _is_unicode(key)):
         raise InvalidJob(
             "key_invalid",
-            f"Expected an idempotency key of 1 to {KEY_LIMIT_CHARS} characters, came {len(key)}.",
+            f"Expected an idempotency key of 1 to {KEY_LIMIT_CHARS} Unicode characters, "
+            f"came {key[:40]!a} of {len(key)}.",
         )
-    if params and len(msgspec.json.encode(params)) > PARAMS_LIMIT_BYTES:
-        raise InvalidJob(
-            "params_too_large", f"Expected params of at most {PARAMS_LIMIT_BYTES} bytes."
-        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -45,7 +45,11 @@ def recent_jobs(
     """
     ended = {record.key: record.value for record in log.read([RESULTS], since)}
     newest: list[tuple[float, str, Outcome]] = []
+    seen: set[str] = set()  # a job submitted again under its key has more than one record
     for record in log.read(JOB_TOPICS, since):
+        if record.key in seen:
+            continue
+        seen.add(record.key)
         value = ended.get(record.key)
         outcome = decode_outcome(value) if value else _queued(record)
         if outcome and wanted(outcome):

@@ -65,9 +65,9 @@ def _file(path: Path, card: ModelCard) -> tuple[bytes, str]:
     try:
         _check_size(path.stat().st_size, card)
         return path.read_bytes(), kind
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InvalidJob(
-            "payload_unreadable", f"Expected a readable file, came {path}: {error.strerror}."
+            "payload_unreadable", f"Expected a readable file, came {str(path)!r}: {error}."
         ) from error
 
 

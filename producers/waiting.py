@@ -21,15 +21,42 @@ SEARCH_EVERY_S = 30.0
 AWAY_S = 30.0
 """How long Redis may be away before a wait gives up; the embedded stack has it back in a second."""
 AWAY_PAUSE_S = 0.25
+IDLE_EARS = 4
+
+
+class Ears:
+    """Open channels of one client, used by one wait at a time each; a few are kept for the next."""
+
+    def __init__(self, open_ear: Callable[[], Notices]) -> None:
+        self._open_ear = open_ear
+        self._idle: list[Notices] = []
+
+    def take(self) -> Notices:
+        """Raises Transient."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._open_ear()
+
+    def give_back(self, ear: Notices) -> None:
+        if len(self._idle) < IDLE_EARS:
+            self._idle.append(ear)
+        else:
+            ear.close()
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
 
 
 class Waiter:
-    """notices: opens the ear on the channel that the jobs were submitted with; called once per wait."""
+    """For one wait. ears: on the channel that the jobs were submitted with."""
 
-    def __init__(self, view: JobView, log: EventLog, notices: Callable[[], Notices]) -> None:
+    def __init__(self, view: JobView, log: EventLog, ears: Ears) -> None:
         self._view = view
         self._log = log
-        self._notices = notices
+        self._ears = ears
+        self._ear: Notices | None = None
         self._away_since: float | None = None
 
     def ended(self, job_ids: Iterable[str], timeout_s: float) -> Iterator[Outcome]:
@@ -37,12 +64,20 @@ class Waiter:
 
         Raises TimeoutError naming how many are left, and Transient if Redis stays away for AWAY_S.
         """
-        waiting = dict.fromkeys(job_ids)
+        try:
+            yield from self._ended(dict.fromkeys(job_ids), timeout_s)
+        finally:
+            if self._ear:
+                self._ears.give_back(self._ear)
+
+    def _ended(self, waiting: dict[str, None], timeout_s: float) -> Iterator[Outcome]:
         now = time.monotonic()
         deadline = now + timeout_s
         look_at = now
         search_at = now if any(map(_is_old, waiting)) else now + SEARCH_AFTER_S
-        told: Sequence[str] = ()
+        told: Sequence[str] = (
+            self._listen(0) if waiting else ()
+        )  # the ear must be open before the look
         while waiting:
             now = time.monotonic()
             if now >= look_at:
@@ -69,7 +104,9 @@ class Waiter:
 
     def _listen(self, timeout_s: float) -> list[str]:
         try:
-            return self._notices().wait(timeout_s)
+            if self._ear is None:
+                self._ear = self._ears.take()
+            return self._ear.wait(timeout_s)
         except Transient as error:
             self._away(error)
             time.sleep(min(timeout_s, AWAY_PAUSE_S))

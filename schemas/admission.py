@@ -8,9 +8,9 @@ from schemas.models import ModelCard
 from schemas.payloads import belongs_to
 
 
-def check_deadline(job: Job, max_deadline_s: float, now: float) -> None:
-    """now: seconds since the epoch, by the checker's clock. Raises InvalidJob (deadline_too_far)."""
-    if (ahead_s := job.deadline_at - now) > max_deadline_s:
+def check_deadline(deadline_at: float, max_deadline_s: float, now: float) -> None:
+    """deadline_at, now: seconds since the epoch, now by the checker's clock. Raises InvalidJob (deadline_too_far)."""
+    if (ahead_s := deadline_at - now) > max_deadline_s:
         raise InvalidJob(
             "deadline_too_far",
             f"Expected a deadline at most {max_deadline_s:.0f} s ahead, came {ahead_s:.0f} s.",

@@ -187,6 +187,20 @@ def _with_history(job: Job, field: _Fields) -> Job:
     )
 
 
+def plain_params(params: Any) -> dict[str, Any]:
+    """A caller's params as they will come out of the record. Raises InvalidJob (params_invalid)."""
+    try:
+        return _params(msgspec.json.encode(params).decode())
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error)
+    except InvalidJob as error:
+        reason = error.message
+    raise InvalidJob(
+        "params_invalid",
+        f"Expected params that JSON can carry, as an object; came others: {reason}",
+    )
+
+
 def rfc3339(when: float) -> str:
     return datetime.fromtimestamp(when, UTC).isoformat(timespec="microseconds")
 

@@ -129,12 +129,13 @@ class Cluster(NamedTuple):
             for left_open in net:
                 left_open.close()
             raise translated(refusals[0] if refusals else error) from error
-        if client.config["api_version"] < OLDEST_BROKER:
-            version = ".".join(map(str, client.config["api_version"]))
+        version = net[0]._manager.broker_version
+        if version < OLDEST_BROKER:
             client.close()
             raise PipelineError(
                 "log_unsupported",
-                f"Kafka {OLDEST_BROKER[0]}.{OLDEST_BROKER[1]} or newer is needed, the cluster has {version}.",
+                f"Kafka {'.'.join(map(str, OLDEST_BROKER))} or newer is needed, the cluster has "
+                f"{'.'.join(map(str, version))}.",
             )
         return client
 

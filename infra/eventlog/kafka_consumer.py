@@ -80,15 +80,18 @@ class KafkaMember:
     def receive(self, max_records: int, max_bytes: int, timeout_s: float = 0) -> list[Record]:
         deadline = time.monotonic() + timeout_s
         records: list[Record] = []
+        wait_s = 0.0
         try:
-            while not self._give(records, max_records, max_bytes):
-                remaining_s = 0.0 if records else max(0.0, deadline - time.monotonic())
-                if not self._fetch(remaining_s) and (records or time.monotonic() >= deadline):
-                    break
+            while True:
+                came = self._fetch(wait_s)
+                full = self._give(records, max_records, max_bytes)
+                wait_s = 0.0 if records else deadline - time.monotonic()
+                if full or (not came and (records or wait_s <= 0)):
+                    return records
         except (PipelineError, Fenced):
-            if not records:  # those are given now; the trouble will show again
-                raise
-        return records
+            if records:  # those are given now; the trouble will show again
+                return records
+            raise
 
     def complete(self, positions: Iterable[Position], outputs: Sequence[NewRecord] = ()) -> None:
         positions = list(positions)
@@ -176,7 +179,7 @@ class KafkaMember:
         with kafka_trouble():
             self._join()
             self._hold_back()
-            found = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=POLL_RECORDS)
+            found = self._consumer.poll(timeout_ms=int(max(0.0, timeout_s) * 1000), max_records=POLL_RECORDS)
             taken = self._follow()
         for name, batch in found.items():
             partition = self._owned.get(name)

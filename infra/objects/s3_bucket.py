@@ -59,7 +59,7 @@ class Address(NamedTuple):
 def parse(url: str) -> Address:
     """Of `s3://host:port/bucket?secure=false`; over TLS unless told otherwise.
 
-    Raises PipelineError (settings_invalid); it does not repeat a password.
+    Raises PipelineError (settings_invalid), which repeats no password.
     """
     try:
         parts = urlsplit(url)
@@ -74,8 +74,8 @@ def parse(url: str) -> Address:
             return Address(parts.netloc, bucket, secure)
     raise PipelineError(
         "settings_invalid",
-        "Object store: expected s3://host:port/bucket or s3://host:port/bucket?secure=false, came"
-        f" {url.rpartition('@')[2][:200]!r}; credentials go into HEADRACE_S3__ACCESS_KEY and"
+        "Object store: expected s3://host:port/bucket, with ?secure=false where there is no TLS, came"
+        f" {url.rpartition('@')[2].partition('?')[0]!r}; credentials go into HEADRACE_S3__ACCESS_KEY and"
         " HEADRACE_S3__SECRET_KEY.",
     )
 
@@ -168,6 +168,8 @@ class Bucket:
 
         while page := self._tried(prefix, once, self._attempts):
             yield from page
+            if len(page) < PAGE_OBJECTS:
+                return
             after = page[-1].object_name
 
     def begin_upload(self, key: str, headers: dict[str, str]) -> str:

@@ -48,7 +48,7 @@ class Admitter:
 
     def _fresh(self, job: Job, now: float) -> Admission:
         try:
-            check_deadline(job, self._max_deadline_s, now)
+            check_deadline(job.deadline_at, self._max_deadline_s, now)
             card = self._resolve(job.model, job.version)
             check_limits(job, card)
         except Transient:

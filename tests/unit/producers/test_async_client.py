@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from producers.async_client import THREADS, AsyncClient
+from infra.redis_client import connect_redis
+from producers.async_client import CALLS, WAITS, AsyncClient
 from producers.client import Result
 from schemas.errors import InvalidJob, JobFailed
 from schemas.results import Outcome
@@ -25,7 +26,8 @@ async def async_client(client: Any) -> AsyncIterator[AsyncClient]:
     wrapping = AsyncClient(settings=client.settings)
     wrapping._client.__dict__.update(client.__dict__)
     yield wrapping
-    wrapping._threads.shutdown(wait=False)
+    wrapping._calls.shutdown(wait=False)
+    wrapping._waits.shutdown(wait=False)
 
 
 async def test_a_job_is_submitted_and_its_result_awaited(
@@ -91,8 +93,8 @@ async def test_while_many_results_are_awaited_jobs_can_be_submitted_and_cancelle
     async_client: AsyncClient, view: Any, succeeded: Succeeded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a program that awaits a few slow jobs can do nothing else, not even cancel them."""
-    handles = await async_client.submit_many("echo", [str(i) for i in range(THREADS)])
-    all_wait = threading.Barrier(THREADS + 1)
+    handles = await async_client.submit_many("echo", [str(i) for i in range(CALLS)])
+    all_wait = threading.Barrier(CALLS + 1)
     go_on = threading.Event()
 
     def wait_once(seconds: float) -> None:
@@ -124,6 +126,8 @@ async def test_two_waits_at_once_each_have_an_ear_of_their_own(
         ear = open_ear(client)
 
         def wait(timeout_s: float) -> list[str]:
+            if not timeout_s:
+                return []
             used.append(id(ear))
             both_wait.wait(PATIENCE_S)
             for handle in handles:
@@ -142,3 +146,27 @@ async def test_two_waits_at_once_each_have_an_ear_of_their_own(
     await asyncio.gather(anext(one), anext(other))
 
     assert len(set(used)) == len(used) == 2
+
+
+async def test_there_is_a_connection_for_every_wait_and_call_at_once(
+    async_client: AsyncClient,
+) -> None:
+    """A wait holds one for as long as it lasts; without one to spare nobody could look into the view."""
+    redis: Any = connect_redis(async_client._client.settings)
+
+    assert redis.connection_pool.max_connections >= 2 * WAITS + CALLS
+
+
+async def test_results_that_are_left_half_way_leave_no_ear_taken(
+    async_client: AsyncClient, view: Any, succeeded: Succeeded
+) -> None:
+    handles = await async_client.submit_many("echo", ["1", "2"])
+    view.end(succeeded(handles[0].id))
+    results = async_client.results(handles)
+    await anext(results)
+    await results.aclose()  # type: ignore[attr-defined]
+
+    view.end(succeeded(handles[1].id))
+    await handles[1].result()
+
+    assert len(view.ears) == 1

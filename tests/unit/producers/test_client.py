@@ -132,7 +132,7 @@ def test_a_bad_payload_stops_a_group_but_not_what_was_accepted_before(
 def test_a_wrong_option_is_refused_and_nothing_is_appended(
     client: Client, appended: Appended, options: dict[str, Any], code: str
 ) -> None:
-    with pytest.raises(InvalidJob, match="[Ee]xpected|no version|at most") as caught:
+    with pytest.raises(InvalidJob, match=r"[Ee]xpected|no version|at most") as caught:
         client.submit("echo", "x", **options)
 
     assert caught.value.code == code
@@ -146,14 +146,11 @@ def test_a_wrong_option_is_refused_and_nothing_is_appended(
 def test_whatever_params_are_accepted_can_be_read_by_the_dispatcher(
     client: Client, appended: Appended, options: dict[str, Any], key: str | None
 ) -> None:
-    try:
-        handle = client.submit("echo", "x", key=key, **options)
-    except InvalidJob as error:
-        assert error.code == "params_invalid"
-    else:
-        job = job_of(appended()[0])
-        assert job.id == handle.id
-        assert handle.fingerprint in (None, job.fingerprint)
+    handle = client.submit("echo", "x", key=key, **options)
+
+    job = job_of(appended()[0])
+    assert job.id == handle.id
+    assert handle.fingerprint == (None if key is None else job.fingerprint)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +313,6 @@ def test_threads_that_come_and_go_leave_no_connection_behind(
     client: Client, view: Any, succeeded: Succeeded
 ) -> None:
     """A server with a thread per request would run out of them."""
-    view.on["wait"] = [lambda: view.end(succeeded(f"job-{i}")) for i in range(20)]
     for i in range(20):
         view.on["wait"] = [lambda i=i: view.end(succeeded(f"job-{i}"))]
         thread = threading.Thread(target=lambda i=i: list(client.outcomes([f"job-{i}"])))
@@ -344,9 +340,7 @@ def test_two_waits_of_one_thread_do_not_take_each_others_notices(
 # ── status and cancel ────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_status_is_what_the_view_says(
-    client: Client, view: Any, succeeded: Succeeded
-) -> None:
+def test_the_status_is_what_the_view_says(client: Client, view: Any, succeeded: Succeeded) -> None:
     view.end(succeeded("a", status="running"))
 
     assert client.status("a").status == "running"

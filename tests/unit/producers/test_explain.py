@@ -65,9 +65,7 @@ def test_without_a_dispatcher_that_is_said(explained: Callable[[], str]) -> None
     assert "No dispatcher" in explained()
 
 
-def test_a_dispatcher_in_trouble_is_named(
-    explained: Callable[[], str], fleet: FakeFleet
-) -> None:
+def test_a_dispatcher_in_trouble_is_named(explained: Callable[[], str], fleet: FakeFleet) -> None:
     fleet.beat = beat(trouble="log_full")
 
     assert "log_full" in explained()
@@ -98,9 +96,7 @@ def test_what_is_ahead_is_told(explained: Callable[[], str], fleet: FakeFleet) -
     assert "jobs.text.standard (lane standard): 1 jobs not ended" in told
 
 
-def test_a_stack_that_is_down_is_no_error(
-    explained: Callable[[], str], fleet: FakeFleet
-) -> None:
+def test_a_stack_that_is_down_is_no_error(explained: Callable[[], str], fleet: FakeFleet) -> None:
     fleet.away = True
 
     told = explained()

@@ -101,9 +101,7 @@ def test_the_outcomes_of_several_jobs_are_found_in_one_pass(
 # ── recent ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_newest_jobs_come_first_with_how_they_stand(
-    log: Any, submit: Any, end: Any
-) -> None:
+def test_the_newest_jobs_come_first_with_how_they_stand(log: Any, submit: Any, end: Any) -> None:
     now = time.time()
     ids = [submit(submitted_at=now + i) for i in range(4)]
     end(ids[1], submitted_at=now + 1)
@@ -124,9 +122,7 @@ def test_only_wanted_jobs_count_towards_the_limit(log: Any, submit: Any) -> None
     assert [job.job_id for job in jobs] == [mine]
 
 
-def test_a_job_submitted_twice_under_its_key_is_one_job(
-    log: Any, submit: Any, end: Any
-) -> None:
+def test_a_job_submitted_twice_under_its_key_is_one_job(log: Any, submit: Any, end: Any) -> None:
     for _ in range(3):
         job_id = submit(key="k", submitted_at=1000.0)
     end(job_id, submitted_at=1000.0)

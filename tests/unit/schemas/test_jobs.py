@@ -6,6 +6,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -122,12 +123,8 @@ def test_whatever_the_headers_say_it_is_a_job_or_an_invalid_job(
 ) -> None:
     headers = job_headers(job)
     spoilt = headers | dict(zip(headers, noise.values(), strict=False))
-    try:
-        read = read_job(job.topic, spoilt, b"", 0.0)
-    except InvalidJob as error:
-        assert error.code == "record_malformed"
-    else:
-        retry_headers(read)
+    with suppress(InvalidJob):
+        retry_headers(read_job(job.topic, spoilt, b"", 0.0))
 
 
 def test_a_record_with_the_least_headers_is_a_job_from_when_it_was_appended() -> None:
@@ -248,37 +245,36 @@ def test_times_may_be_spelled_in_any_zone_and_without_one_are_utc(spelling: str)
 @pytest.mark.parametrize(
     "far", ["9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59"]
 )
-def test_a_time_that_is_read_can_be_written_again(name: str, far: str) -> None:
-    """`DateTime.MaxValue` and the like: refuse it or carry it, but do not die of it in a dead letter."""
-    try:
-        job = read_job(TEXT, MINIMAL | {name: far}, b"", 0.0)
-    except InvalidJob as error:
-        assert error.code == "record_malformed"
-    else:
-        retry_headers(job)
+def test_a_time_that_could_not_be_written_again_is_refused(name: str, far: str) -> None:
+    """`DateTime.MaxValue` and the like would end the dispatcher when it writes a dead letter."""
+    with pytest.raises(InvalidJob, match=f"Header {name}: expected a time"):
+        read_job(TEXT, MINIMAL | {name: far}, b"", 0.0)
 
 
 @pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**30])
-def test_params_that_are_read_can_be_sent_to_a_worker(number: int) -> None:
-    headers = MINIMAL | {"ce_params": json.dumps({"seed": number})}
-    try:
-        job = read_job(TEXT, headers, b"", 0.0)
-    except InvalidJob as error:
-        assert error.code == "record_malformed"
-    else:
-        encode(_batch_of(job))
+def test_params_that_could_not_be_sent_to_a_worker_are_refused(number: int) -> None:
+    with pytest.raises(InvalidJob, match="Header ce_params: expected .* 64 bits"):
+        read_job(TEXT, MINIMAL | {"ce_params": json.dumps({"seed": number})}, b"", 0.0)
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, -(2**63), 0, 1.5, 1e308, True])
+def test_numbers_that_a_worker_can_be_sent_are_read(number: float) -> None:
+    job = read_job(TEXT, MINIMAL | {"ce_params": json.dumps({"seed": number})}, b"", 0.0)
+
+    assert decode_batch(encode(_batch_of(job))).items[0].params == {"seed": number}
 
 
 def test_params_nested_as_deep_as_they_are_read_can_be_sent_to_a_worker() -> None:
     """The sender and the worker stand deeper in their stacks than the reader did."""
-    for depth in (10, 100, 300, 500, 800, 900, 950, 990):
+    carried = 0
+    for depth in (10, 20, 30, 100, 300, 500, 800, 900, 950, 990):
         text = '{"a":' + "[" * depth + "]" * depth + "}"
-        try:
+        with suppress(InvalidJob):
             job = read_job(TEXT, MINIMAL | {"ce_params": text}, b"", 0.0)
-        except InvalidJob as error:
-            assert error.code == "record_malformed"
-        else:
             _deeper(60, lambda job=job: decode_batch(encode(_batch_of(job))))
+            carried += 1
+
+    assert carried >= 3
 
 
 def _deeper(frames: int, call: Callable[[], object]) -> object:

@@ -96,7 +96,9 @@ def test_versions_and_models_do_not_share_a_batch(
     batcher: Batcher, make_open: MakeOpen, make_card: MakeCard, noon: float
 ) -> None:
     cards = [make_card(), make_card(version=2), make_card(name="other")]
-    batcher.add(make_open(id=f"{card.name}-{card.version}-{i}", card=card) for i in range(2) for card in cards)  # fmt: skip
+    for number in range(2):
+        for card in cards:
+            batcher.add([make_open(id=f"{card.name}-{card.version}-{number}", card=card)])
 
     assert sorted(drained(batcher, noon)) == [
         ["echo-1-0", "echo-1-1"],

@@ -413,6 +413,24 @@ def test_losing_all_of_redis_loses_no_job_charges_none_and_shows_each_once(
     assert world.view.statuses() == world.log.statuses()
 
 
+def test_after_redis_lost_its_memory_running_jobs_go_again_without_waiting_for_a_lease_to_end(
+    world: Any, make_job: MakeJob
+) -> None:
+    world.submit(make_job(id="a"))
+    world.offer()
+    world.step()
+    world.fetched()
+    world.fleet.flush()
+    world.view.forget()
+
+    for _ in range(4):
+        world.clock.advance(0.5)
+        world.offer()
+        world.step()
+
+    assert [batch.items[0].job_id for batch in world.fetched()] == ["a"]
+
+
 def test_a_view_that_lost_its_memory_comes_back_though_nothing_ends_any_more(
     world: Any, make_job: MakeJob
 ) -> None:
