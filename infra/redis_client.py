@@ -23,7 +23,7 @@ def connect_redis(settings: Settings) -> Redis:
         socket_timeout=10,
         health_check_interval=0,
         retry=Retry(NoBackoff(), 1),
-        max_connections=64,
+        max_connections=256,
     )
     return client
 

@@ -30,6 +30,7 @@ class Ears:
     def __init__(self, open_ear: Callable[[], Notices]) -> None:
         self._open_ear = open_ear
         self._idle: list[Notices] = []
+        self._closed = False
 
     def take(self) -> Notices:
         """Raises Transient."""
@@ -39,12 +40,13 @@ class Ears:
             return self._open_ear()
 
     def give_back(self, ear: Notices) -> None:
-        if len(self._idle) < IDLE_EARS:
+        if len(self._idle) < IDLE_EARS and not self._closed:
             self._idle.append(ear)
         else:
             ear.close()
 
     def close(self) -> None:
+        self._closed = True
         while self._idle:
             self._idle.pop().close()
 

@@ -188,13 +188,20 @@ def _with_history(job: Job, field: _Fields) -> Job:
 
 
 def plain_params(params: Any) -> dict[str, Any]:
-    """A caller's params as they will come out of the record. Raises InvalidJob (params_invalid)."""
+    """A caller's params as they will come out of the record. Raises InvalidJob (params_invalid, params_too_large)."""
     try:
-        return _params(msgspec.json.encode(params).decode())
+        text = msgspec.json.encode(params).decode()
+        if len(text) <= PARAMS_LIMIT_BYTES:
+            return _params(text)
     except (TypeError, ValueError, RecursionError) as error:
         reason = str(error)
     except InvalidJob as error:
         reason = error.message
+    else:
+        raise InvalidJob(
+            "params_too_large",
+            f"Expected params of at most {PARAMS_LIMIT_BYTES} bytes as JSON, came {len(text)}.",
+        )
     raise InvalidJob(
         "params_invalid",
         f"Expected params that JSON can carry, as an object; came others: {reason}",

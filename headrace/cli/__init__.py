@@ -27,6 +27,9 @@ COMMANDS = {
     "demo": Entry("headrace.cli.demo", "demo", "Run photographs, sentences and speech through it."),
     "jobs": Entry("headrace.cli.jobs", "app", "Submit jobs and see what became of them."),
     "models": Entry("headrace.cli.models", "app", "Add, list, show and remove models."),
+    "topics": Entry(
+        "headrace.cli.topics", "app", "List the event log's topics; create them on Kafka."
+    ),
 }
 
 

@@ -88,7 +88,11 @@ def environment(settings: Settings) -> dict[str, str]:
             variables |= {f"{name}__{key}": inner for key, inner in value}
         else:
             variables[name] = value
-    return {f"HEADRACE_{name}".upper(): _as_text(value) for name, value in variables.items()}
+    return {
+        f"HEADRACE_{name}".upper(): _as_text(value)
+        for name, value in variables.items()
+        if value is not None
+    }
 
 
 def end_orphans(settings: Settings, report: Report) -> None:

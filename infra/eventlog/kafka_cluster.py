@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
@@ -17,16 +16,16 @@ from schemas.errors import InvalidJob, PipelineError, Transient
 from schemas.topics import TOPIC_BY_NAME
 
 ANSWER_S = 10.0
-"""How long one request may take, and how long a first connection."""
+"""How long one request may take."""
+
+CONNECT_S = 5.0
+"""How long to look for a server that answers."""
 
 MAX_RECORD_BYTES = 1024 * 1024
 """Of one record with its key and headers; a little less than brokers take by default."""
 
 OLDEST_BROKER = (2, 5)
 """The first that tells an offset whose transaction is still open from one that stands."""
-
-# The client logs each failed attempt to connect as an error of its own; what matters is raised.
-logging.getLogger("kafka").setLevel(logging.CRITICAL)
 
 
 class Cluster(NamedTuple):
@@ -116,7 +115,7 @@ class Cluster(NamedTuple):
             client = make(
                 bootstrap_servers=list(self.servers),
                 client_id="headrace",
-                bootstrap_timeout_ms=_ms(ANSWER_S),
+                bootstrap_timeout_ms=_ms(CONNECT_S),
                 request_timeout_ms=_ms(ANSWER_S),
                 reconnect_backoff_max_ms=1000,
                 kafka_client=keep,
@@ -214,7 +213,7 @@ def translated(error: Exception) -> Exception:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
+    return (str(error) or type(error).__name__)[:300]
 
 
 def _security(settings: KafkaSettings) -> dict[str, object]:

@@ -24,15 +24,18 @@ from infra.eventlog.kafka_records import decode, encode
 from infra.eventlog.tracker import Tracker
 from schemas.errors import PipelineError, Transient
 
-POLL_RECORDS = 64
 FETCH_BYTES = 256 * 1024
 """Of one partition at a time: with many partitions, what was fetched ahead must stay small."""
+
+EVERYTHING = 2**31
+"""Each poll takes all that was fetched. The client forgets what it has left of a partition that is paused."""
 
 FETCH_ALL_BYTES = 8 * 1024 * 1024
 HEARTBEAT_S = 1.0
 STALLED_S = 60.0
 """A member that does not come back for so long is dealt out of the group."""
 
+AGAIN_S = 0.05
 JOIN_S = 0.5
 """How long one call waits for the other members to come to a new deal."""
 
@@ -110,6 +113,7 @@ class KafkaMember:
                         f"The group {self._group!r} has not come to rest for {ANSWER_S:g} s: "
                         f"wait for its members, or look for one that comes and goes.",
                     ) from None
+                time.sleep(AGAIN_S)  # it is the heartbeat that learns of the deal
                 with kafka_trouble():
                     self._join()
         for partition, tracker in trackers.items():
@@ -179,7 +183,9 @@ class KafkaMember:
         with kafka_trouble():
             self._join()
             self._hold_back()
-            found = self._consumer.poll(timeout_ms=int(max(0.0, timeout_s) * 1000), max_records=POLL_RECORDS)
+            found = self._consumer.poll(
+                timeout_ms=int(max(0.0, timeout_s) * 1000), max_records=EVERYTHING
+            )
             taken = self._follow()
         for name, batch in found.items():
             partition = self._owned.get(name)

@@ -69,7 +69,8 @@ class S3Objects:
                 if source.size_bytes > LARGE_BYTES:
                     self._put_in_parts(key, source, headers, condition)
                 else:
-                    body = source.file.read()
+                    with on_disk(key):
+                        body = source.file.read()
                     self._bucket.send("PUT", key, body=body, headers=headers | condition)
             except (ObjectExists, UploadGone):
                 # If an answer was lost, it is this very put that is in the way of its repetition.
@@ -183,6 +184,8 @@ class S3Objects:
                 digest.update(chunk)
                 with on_disk(key):
                     file.write(chunk)
+            with on_disk(key):
+                file.flush()
             if response.headers.get(SHA256) not in (None, digest.hexdigest()):
                 raise ProtocolError(f"object {key} arrived with other content than was put")
             return response.headers["etag"]

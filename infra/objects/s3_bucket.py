@@ -266,7 +266,7 @@ class Bucket:
         for attempt in count(1):
             try:
                 return once()
-            except (MinioException, HTTPError, ParseError, UnicodeDecodeError) as error:
+            except (MinioException, HTTPError, ParseError, ValueError) as error:
                 problem = translated(error, key, str(self.address))
                 if type(problem) is not Transient or attempt == attempts:
                     raise problem from error

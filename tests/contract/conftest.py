@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -11,6 +12,8 @@ import pytest
 
 from infra.eventlog import Consumer, EventLog, Record
 from infra.eventlog.open import open_log
+from tests.servers.kafka import KafkaServer, fresh_topics
+from tests.servers.kafka import kafka_server as running_kafka
 
 PATIENCE_S = 20.0
 TOPICS_USED = (
@@ -33,19 +36,22 @@ def log_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def kafka_address() -> Iterator[str]:
-    """A running Kafka cluster. Without Java and Maven the test is skipped, or with CI=true fails."""
-    from tests.servers.kafka import kafka_address
+def kafka_server() -> Iterator[KafkaServer]:
+    """A broker of this run's own. Without Java and Maven its tests are skipped, with CI=true they fail."""
+    with running_kafka() as server:
+        yield server
 
-    with kafka_address() as address:
-        yield address
+
+@pytest.fixture(scope="session")
+def kafka_address(request: pytest.FixtureRequest) -> str:
+    """Any Kafka cluster on which everybody may do all."""
+    given = os.environ.get("HEADRACE_TEST_KAFKA_URL")
+    return given or request.getfixturevalue("kafka_server").url
 
 
 @pytest.fixture
 def make_kafka_url(kafka_address: str) -> Iterator[Callable[..., str]]:
     """Addresses with fresh topics, which are gone after the test."""
-    from tests.servers.kafka import fresh_topics
-
     with ExitStack() as made:
 
         def make(partitions: int = 1, topics: Sequence[str] = TOPICS_USED) -> str:

@@ -280,9 +280,13 @@ def test_a_member_that_was_replaced_is_told(log_factory: Open, take: Take) -> No
     old = log.consumer("g", [A])
     held = take(old, 1)
     log_factory().consumer("g", [A])
+
+    def receive_until_it_shows() -> None:
+        for _ in range(100):
+            held.extend(old.receive(10, 2**30, timeout_s=0.1))
+
     with pytest.raises(Fenced):
-        for _ in range(100):  # until it shows
-            held += old.receive(10, 2**30, timeout_s=0.1)
+        receive_until_it_shows()
     assert old.lost() == positions(held)
     assert old.lost() == []
 

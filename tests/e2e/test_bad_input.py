@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 import wave
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from examples.models import samples, whisper
 from headrace import Client
 from infra.eventlog import NewRecord
 from schemas.errors import InvalidJob, PipelineError
-from schemas.jobs import JOB_TYPE, new_job_id
+from schemas.jobs import JOB_TYPE, new_job_id, rfc3339
 from schemas.payloads import Ref
 from schemas.results import decode_outcome
 
@@ -346,7 +347,7 @@ REFUSED: dict[str, Refused] = {
     "long key": ("key_invalid", ("minilm-topics", SENTENCE), {"key": "k" * 257}),
     "key with a surrogate": ("key_invalid", ("minilm-topics", SENTENCE), {"key": "\ud800"}),
     "params too large": (
-        "params_too_large",
+        "params_invalid",
         ("minilm-topics", SENTENCE),
         {"params": {"p": "x" * 20_000}},
     ),
@@ -354,6 +355,16 @@ REFUSED: dict[str, Refused] = {
         "payload_foreign",
         ("noop", Ref("tenants/acme/a.npy", 10, "0" * 64)),
         {},
+    ),
+    "params that are no JSON": (
+        "params_invalid",
+        ("minilm-topics", SENTENCE),
+        {"params": {"p": object()}},
+    ),
+    "params beyond 64 bits": (
+        "params_invalid",
+        ("minilm-topics", SENTENCE),
+        {"params": {"n": 2**64}},
     ),
     "list": ("payload_type", ("noop", [1, 2]), {}),
     "array of objects": ("payload_type", ("noop", np.array([{}], object)), {}),
@@ -427,6 +438,9 @@ def appended(
     return key
 
 
+FAR = "9999-12-31T23:59:59Z"
+FIRST = "0001-01-01T00:00:00+23:59"
+
 MALFORMED: dict[str, dict[str, str | None]] = {
     "no headers": dict.fromkeys(("specversion", "type", "id", "tenant", "model")),
     "other type": {"type": "com.example.order"},
@@ -442,8 +456,11 @@ MALFORMED: dict[str, dict[str, str | None]] = {
     "params no object": {"params": "[1]"},
     "params endless": {"params": "[" * 15_000},
     "reference without digest": {"dataref": "tenants/default/a"},
-    "attempt in words": {"attempt": "first"},
-    "topic that is none": {"jobtopic": "results"},
+    "sent in the year 9999": {"time": FAR},
+    "deadline in the year 9999": {"deadline": FAR},
+    "sent in the year 1": {"time": FIRST},
+    "params nested 900 deep": {"params": '{"n":' + "[" * 900 + "]" * 900 + "}"},
+    "number beyond 64 bits": {"params": '{"n": 1000000000000000000000000}'},
 }
 
 
@@ -459,17 +476,23 @@ def test_a_record_that_is_no_job_is_a_dead_letter(stack: Stack, client: Client, 
     assert stack.results(key) == []
 
 
-FAR = "9999-12-31T23:59:59Z"
-FIRST = "0001-01-01T00:00:00+23:59"
-
 ANSWERED: dict[str, tuple[dict[str, str], str, str | None]] = {
     "unknown model": ({"model": "nope"}, "failed", "model_unknown"),
     "model of a million letters": ({"model": "x" * 1_000_000}, "failed", "model_unknown"),
     "unknown version": ({"modelversion": "99"}, "failed", "version_unknown"),
     "deadline in the past": ({"deadline": "2020-01-01T00:00:00Z"}, "expired", None),
-    "deadline in the year 9999": ({"deadline": FAR}, "failed", "deadline_too_far"),
-    "sent in the year 9999": ({"time": FAR}, "succeeded", None),
-    "sent in the year 1": ({"time": FIRST}, "expired", None),
+    "deadline in a hundred years": (
+        {"deadline": "2126-01-01T00:00:00Z"},
+        "failed",
+        "deadline_too_far",
+    ),
+    "sent long ago, without a deadline": ({"time": "1970-01-01T00:00:00Z"}, "expired", None),
+    "trace that is none": ({"traceparent": "garbage"}, "succeeded", None),
+    "says that it failed before": (
+        {"attempt": "999", "suspect": "1", "notbefore": "2126-01-01T00:00:00Z"},
+        "succeeded",
+        None,
+    ),
     "of another modality": ({"model": "minilm-topics"}, "failed", "wrong_modality"),
     "another tenant's object": (
         {"dataref": "tenants/acme/a", "datasize": "3", "datasha256": "0" * 64},
@@ -504,6 +527,45 @@ def test_a_payload_above_the_limit_is_refused_in_the_log_too(stack: Stack, clien
     key = appended(stack, client, given, bytes(200_000))
     (record,) = stack.results(key)
     assert decode_outcome(record.value).code == "payload_too_large"
+
+
+def retried(**changes: str) -> NewRecord:
+    given = headers() | {"ce_jobtopic": "jobs.tensor.standard", "ce_attempt": "1", **changes}
+    return NewRecord("jobs.retry", given["ce_id"], given, npy(ONE))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ce_attempt": "first"}, {"ce_jobtopic": "results"}, {"ce_notbefore": "later"}],
+    ids=["attempt in words", "topic that is none", "time in words"],
+)
+def test_a_retry_that_is_no_job_is_a_dead_letter(
+    stack: Stack, client: Client, changes: dict[str, str]
+) -> None:
+    record = retried(**changes)
+    client.log.append([record])
+    stack.until(lambda: not stack.lag())
+    (letter,) = stack.dead_letters(record.key)
+    assert letter.headers["x-error"] == "record_malformed"
+    assert letter.position.topic == "jobs.retry.dlq"
+
+
+def test_a_retry_that_waits_for_its_time_keeps_its_deadline(stack: Stack, client: Client) -> None:
+    deadline = rfc3339(time.time() + 0.5)
+    record = retried(ce_notbefore="2126-01-01T00:00:00Z", ce_deadline=deadline)
+    client.log.append([record])
+    stack.until(lambda: not stack.lag())
+    (result,) = stack.results(record.key)
+    assert decode_outcome(result.value).status == "expired"
+
+
+def test_a_retry_that_waits_for_its_time_is_cancelled_at_once(stack: Stack, client: Client) -> None:
+    record = retried(ce_notbefore=rfc3339(time.time() + 3600))
+    client.log.append([record])
+    client.cancel(record.key)
+    stack.until(lambda: not stack.lag())
+    (result,) = stack.results(record.key)
+    assert decode_outcome(result.value).status == "cancelled"
 
 
 def test_garbage_in_the_other_topics_harms_nobody(stack: Stack, client: Client) -> None:

@@ -383,7 +383,7 @@ def test_a_job_is_queued_then_running_then_ended(stack: Stack, client: Client) -
         assert job.status().status == "queued"
         assert any("wait" in reason for reason in explain_job(client, job.id))
     stack.until(lambda: stack.lines(mark))
-    assert job.status().status == "running"
+    stack.until(lambda: job.status().status == "running")  # shown of jobs that take a while
     gate.touch()
     job.result()
     assert job.status().status == "succeeded"

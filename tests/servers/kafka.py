@@ -1,9 +1,8 @@
-"""Apache Kafka, one broker, from Maven's jars. `HEADRACE_TEST_KAFKA_URL` names a running one instead."""
+"""Apache Kafka, one broker, from Maven's jars, and fresh topics on any cluster."""
 
 from __future__ import annotations
 
 import base64
-import os
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from infra.eventlog.kafka import cluster_at
+from infra.eventlog.kafka_topics import ensure_topics
+from infra.settings import KafkaSettings
+from schemas.topics import TOPIC_BY_NAME
 from tests.servers.process import (
     ServerProcess,
     accepts_connections,
@@ -50,10 +53,20 @@ PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listeners=PLAINTEXT://127.0.0.1:{port},SECURE://127.0.0.1:{secure_port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SECURE://127.0.0.1:{secure_port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL,CONTROLLER:PLAINTEXT
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
+listener.name.secure.ssl.keystore.location={keystore}
+listener.name.secure.ssl.keystore.type=PKCS12
+listener.name.secure.ssl.keystore.password={password}
+listener.name.secure.sasl.enabled.mechanisms=PLAIN
+listener.name.secure.plain.sasl.jaas.config=\
+  org.apache.kafka.common.security.plain.PlainLoginModule required \
+  user_{operator}="{password}" user_{stranger}="{password}";
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS;User:{operator}
 log.dirs={folder}/data
 auto.create.topics.enable=false
 num.partitions=1
@@ -71,15 +84,31 @@ log.segment.delete.delay.ms=1000
 """
 """The last line: topics of tests that are over leave the disk soon."""
 
+OPERATOR, STRANGER, PASSWORD = "operator", "stranger", "a-test-secret"
+"""Who may do all, and who may do nothing, on the listener with TLS and passwords."""
+
 
 class KafkaServer:
-    """A broker with its data in a folder. Started again, it has what it had."""
+    """A broker with its data in a folder. Started again, it has what it had.
+
+    At `url` everybody may do all. At `secure_url` it speaks TLS, by `ca_file`, and asks who one is.
+    """
 
     def __init__(self, folder: Path, more: str = "") -> None:
-        self.port = free_port()
         jars = _jars()
+        self.port, self.secure_port = free_port(), free_port()
+        self.ca_file = folder / "ca.pem"
         properties = folder / "server.properties"
-        text = PROPERTIES.format(port=self.port, controller=free_port(), folder=folder)
+        text = PROPERTIES.format(
+            port=self.port,
+            secure_port=self.secure_port,
+            controller=free_port(),
+            folder=folder,
+            keystore=_certificate(folder, self.ca_file),
+            operator=OPERATOR,
+            stranger=STRANGER,
+            password=PASSWORD,
+        )
         properties.write_text(text + more)
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         java = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{jars}/*"]
@@ -96,6 +125,10 @@ class KafkaServer:
     def url(self) -> str:
         return f"kafka://127.0.0.1:{self.port}"
 
+    @property
+    def secure_url(self) -> str:
+        return f"kafka://127.0.0.1:{self.secure_port}"
+
 
 @contextmanager
 def kafka_server(more: str = "") -> Iterator[KafkaServer]:
@@ -110,23 +143,8 @@ def kafka_server(more: str = "") -> Iterator[KafkaServer]:
 
 
 @contextmanager
-def kafka_address() -> Iterator[str]:
-    """The address of a broker: of the environment, or one that runs inside the block."""
-    if given := os.environ.get("HEADRACE_TEST_KAFKA_URL"):
-        yield given
-        return
-    with kafka_server() as server:
-        yield server.url
-
-
-@contextmanager
 def fresh_topics(address: str, topics: Sequence[str], partitions: int) -> Iterator[str]:
     """The same cluster under a prefix of its own, with these of the declared topics."""
-    from infra.eventlog.kafka import cluster_at
-    from infra.eventlog.kafka_topics import ensure_topics
-    from infra.settings import KafkaSettings
-    from schemas.topics import TOPIC_BY_NAME
-
     url = f"{address}?prefix=test-{uuid.uuid4().hex[:12]}."
     cluster = cluster_at(url, KafkaSettings(partitions=partitions))
     made = ensure_topics(cluster, [TOPIC_BY_NAME[topic] for topic in topics])
@@ -147,6 +165,19 @@ def _jars() -> Path:
         if not (folder / "lib").exists():
             _fetch(folder)
     return folder / "lib"
+
+
+def _certificate(folder: Path, ca_file: Path) -> Path:
+    """A key and its own certificate for 127.0.0.1, by Java's own tool."""
+    keystore = folder / "keystore.p12"
+    keytool = ["keytool", "-keystore", str(keystore), "-storepass", PASSWORD, "-alias", "broker"]
+    make = ["-genkeypair", "-keyalg", "EC", "-validity", "30", "-dname", "CN=127.0.0.1"]
+    for command in (
+        [*keytool, *make, "-ext", "SAN=IP:127.0.0.1", "-storetype", "PKCS12"],
+        [*keytool, "-exportcert", "-rfc", "-file", str(ca_file)],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    return keystore
 
 
 def _fetch(folder: Path) -> None:

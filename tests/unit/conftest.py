@@ -47,7 +47,7 @@ def make_card() -> Callable[..., ModelCard]:
     def make(**facts: Any) -> ModelCard:
         limits = {k: facts.pop(k) for k in Limits.__struct_fields__ if k in facts}
         batch = {k: facts.pop(k) for k in BatchConfig.__struct_fields__ if k in facts}
-        card = {
+        card: dict[str, Any] = {
             "name": "echo",
             "version": 1,
             "modality": "text",

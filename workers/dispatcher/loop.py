@@ -63,6 +63,7 @@ class Dispatcher:
         self.monotonic = monotonic
         self._slot: SlotToken | None = None
         self._tidy_at = 0.0
+        self._losses = 0
 
     def step(self, *, draining: bool = False) -> None:
         """Wait for something to do, do it, commit it. Draining: finish what is out, take nothing new.
@@ -165,8 +166,9 @@ class Dispatcher:
         self._tidy_at = self.monotonic() + TIDY_EVERY_S
         self.intake.expire(now)
         self.view_writer.catch_up(now)
-        if self.view_writer.behind:
+        if self.view_writer.losses != self._losses:
             # Redis lost its memory, and so every lease: no need to wait for each to run out.
+            self._losses = self.view_writer.losses
             self.leases.all_due()
         self._check_leases(now)
         self._show_running()

@@ -43,7 +43,10 @@ class ViewTtl:
 
 
 class ViewWriter:
-    """Never raises for Redis: outcomes are safe in the log, and the view catches up when it is back."""
+    """Never raises for Redis: outcomes are safe in the log, and the view catches up when it is back.
+
+    behind: whether it has to. losses: how often Redis was found without its memory.
+    """
 
     def __init__(self, view: JobView, log: EventLog, ttl: ViewTtl) -> None:
         self._view = view
@@ -53,6 +56,7 @@ class ViewWriter:
         self._replay_from = 0.0
         self._looked_at = 0.0
         self.behind = True
+        self.losses = 0
 
     def show(self, ended: Sequence[Ended], now: float) -> None:
         """Show outcomes that the log already has."""
@@ -64,7 +68,6 @@ class ViewWriter:
             self._fall_behind()
             return
         if not remembers:
-            logger.warning("view_lost", action="rebuild from the results topic")
             self._fall_behind()
 
     def running(self, jobs: Sequence[Job]) -> None:
@@ -96,6 +99,8 @@ class ViewWriter:
         complete_to = self._view.complete_to()
         since = now - self._ttl.longest_s if complete_to is None else complete_to - MARGIN_S
         if complete_to is None:
+            logger.warning("view_lost", action="rebuild from the results topic")
+            self.losses += 1
             self._view.rebuild_from(since)
         self._replay_from = now
         self._replay = self._log.read([RESULTS], since)

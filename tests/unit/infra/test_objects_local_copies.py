@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from infra.objects import local_copies
 from infra.objects.local_copies import KEPT_S, UNFINISHED, LocalCopies
 from schemas.errors import InvalidJob, Transient
 
@@ -49,9 +48,13 @@ def test_a_new_version_takes_the_place_of_the_old_one(copies: LocalCopies) -> No
 
 
 def test_what_is_not_published_leaves_nothing(copies: LocalCopies, tmp_path: Path) -> None:
-    with pytest.raises(ConnectionResetError), copies.written_aside("a") as file:
-        file.write(b"half")
-        raise ConnectionResetError
+    def break_off() -> None:
+        with copies.written_aside("a") as file:
+            file.write(b"half")
+            raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        break_off()
     copies.scratch("a").close()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -102,7 +105,7 @@ def test_a_full_disk_is_transient_and_says_where(
     def no_room(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(local_copies.os, "fsync", no_room)
+    monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(Transient, match="HEADRACE_S3__CACHE_DIR") as caught:
         add(copies, "a", b"x")
     assert caught.value.code == "storage_full"

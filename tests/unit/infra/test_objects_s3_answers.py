@@ -159,11 +159,20 @@ def test_what_will_not_pass_is_not_tried_again_and_names_the_remedy(
     assert len(server.requests) == 1
 
 
+def test_a_listing_that_is_none_is_refused(server: ScriptedServer, objects: S3Objects) -> None:
+    server.answers = [Answer(200, "<html></html>")]
+    with pytest.raises(PipelineError, match="is it an S3 server") as caught:
+        list(objects.list())
+    assert caught.value.code == "storage_refused"
+
+
 @every_call
 def test_a_server_that_is_busy_for_a_moment_is_not_noticed(
     server: ScriptedServer, objects: S3Objects, call: Callable[[ObjectStore], object]
 ) -> None:
-    listing = "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
+    listing = (
+        "<ListBucketResult><Name>jobs</Name><IsTruncated>false</IsTruncated></ListBucketResult>"
+    )
     done = Answer(200, listing if call is CALLS["list"] else "")
     server.answers = [failure(503, "SlowDown"), failure(503, "SlowDown"), done]
     call(objects)
@@ -192,7 +201,7 @@ def test_a_server_that_ignores_conditions_for_parts_is_found_out(
     server: ScriptedServer, objects: S3Objects
 ) -> None:
     part = completed = OK
-    server.answers = [EXISTS, *(BEGUN, part, completed, OK) * 2]
+    server.answers = [EXISTS, *(BEGUN, part, completed) * 2]
     with pytest.raises(PipelineError, match="expected CompleteMultipartUpload") as caught:
         objects.probe()
     assert caught.value.code == "conditional_writes_ignored"

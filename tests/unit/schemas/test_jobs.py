@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -253,7 +254,7 @@ def test_a_time_that_could_not_be_written_again_is_refused(name: str, far: str) 
 
 @pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**30])
 def test_params_that_could_not_be_sent_to_a_worker_are_refused(number: int) -> None:
-    with pytest.raises(InvalidJob, match="Header ce_params: expected .* 64 bits"):
+    with pytest.raises(InvalidJob, match=r"Header ce_params: expected .* 64 bits"):
         read_job(TEXT, MINIMAL | {"ce_params": json.dumps({"seed": number})}, b"", 0.0)
 
 
@@ -271,7 +272,7 @@ def test_params_nested_as_deep_as_they_are_read_can_be_sent_to_a_worker() -> Non
         text = '{"a":' + "[" * depth + "]" * depth + "}"
         with suppress(InvalidJob):
             job = read_job(TEXT, MINIMAL | {"ce_params": text}, b"", 0.0)
-            _deeper(60, lambda job=job: decode_batch(encode(_batch_of(job))))
+            _deeper(60, partial(_send_and_receive, job))
             carried += 1
 
     assert carried >= 3
@@ -279,6 +280,10 @@ def test_params_nested_as_deep_as_they_are_read_can_be_sent_to_a_worker() -> Non
 
 def _deeper(frames: int, call: Callable[[], object]) -> object:
     return call() if not frames else _deeper(frames - 1, call)
+
+
+def _send_and_receive(job: Job) -> Batch:
+    return decode_batch(encode(_batch_of(job)))
 
 
 def _batch_of(job: Job) -> Batch:

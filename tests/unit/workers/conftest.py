@@ -392,7 +392,7 @@ def make_batch() -> Callable[..., Batch]:
     numbers = itertools.count(1)
 
     def make(items: Sequence[Any] = (), **facts: Any) -> Batch:
-        defaults = {
+        defaults: dict[str, Any] = {
             "id": f"batch-{next(numbers)}",
             "model": "echo",
             "version": 1,

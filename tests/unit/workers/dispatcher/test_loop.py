@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infra.fleet import SlotToken
+from infra.fleet import SlotToken, WorkerBeat
 from schemas.batches import ItemOutcome
 from schemas.errors import Transient
 from schemas.jobs import Job
@@ -586,6 +586,37 @@ def test_while_redis_is_away_nothing_is_lost(world: Any, make_job: MakeJob, faul
     finish(world)
 
     assert world.log.statuses() == dict.fromkeys("ab", "succeeded")
+
+
+def test_a_redis_that_stood_still_for_longer_than_a_lease_charges_nobody(
+    make_world: Any, make_job: MakeJob, faults: Any
+) -> None:
+    """The worker lives and works on; only its lease could not be renewed."""
+    world = make_world(max_attempts=1)
+    world.submit(make_job(id="a"))
+    world.offer()
+    world.step()
+    (batch,) = world.fetched()
+    faults.always.add("fleet")
+    world.clock.advance(1.5 * LEASE_S)
+    with pytest.raises(Transient):
+        world.step()
+    faults.always.clear()
+
+    world.step()
+    beat = WorkerBeat(
+        worker="w", life="life", pid=1, started_at=0.0, ready=True, draining=False, slots=3,
+        batches=[batch.id], engines=[], memory_bytes=0, jobs_done=0,
+    )  # fmt: skip
+    world.fleet.beat(beat, [batch.id], int(LEASE_S * 1000))
+    world.clock.advance(1)
+    world.step()
+    if world.fleet.holds(batch.id):
+        world.report(batch)
+    finish(world)
+
+    (outcome,) = world.log.outcomes()
+    assert (outcome.status, outcome.attempts) == ("succeeded", 1)
 
 
 def test_jobs_in_hand_go_on_while_another_model_cannot_be_looked_up(

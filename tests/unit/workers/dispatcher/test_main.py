@@ -244,14 +244,21 @@ def test_what_another_dispatcher_answered_until_it_was_fenced_is_known(
 ) -> None:
     """Joining the group fences the one before; only then is what it wrote complete."""
     order: list[str] = []
-    join, read = log.consumer, log.read
-    monkeypatch.setattr(log, "consumer", lambda *a, **k: order.append("join") or join(*a, **k))
-    monkeypatch.setattr(log, "read", lambda *a, **k: order.append("recall") or read(*a, **k))
+
+    def noted(word: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*given: Any, **options: Any) -> Any:
+            order.append(word)
+            return call(*given, **options)
+
+        return note
+
+    monkeypatch.setattr(log, "consumer", noted("join", log.consumer))
+    monkeypatch.setattr(log, "read", noted("recall", log.read))
     monkeypatch.setattr(dispatcher_main, "Mailboxes", lambda app: mailboxes)
 
     Process(load_settings(data_dir=tmp_path), log)
 
-    assert order[0] == "join"
+    assert order == ["join", "recall", "recall"]
 
 
 def test_a_job_that_was_open_is_run_once_more_and_answered_once(

@@ -32,7 +32,7 @@ def run(world: Any) -> Callable[..., Lease]:
         for job in batch:
             job.dispatches += 1
         world.leases.grant("b", "w", batch, world.clock.monotonic())
-        (lease,) = world.leases
+        lease: Lease = next(iter(world.leases))
         return lease
 
     return start

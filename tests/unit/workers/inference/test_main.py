@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from infra.settings import load_settings
+from pipelines.bundle import Bundle
 from schemas.errors import InvalidModel, Transient
 from workers.inference import main as worker_main
 from workers.inference.main import Worker
@@ -29,7 +31,7 @@ def worker(tmp_path: Any, fleet: Any, monkeypatch: pytest.MonkeyPatch) -> Iterat
     def end(code: int) -> None:
         raise Ended(code)
 
-    monkeypatch.setattr(worker_main.os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", end)
     yield worker
     worker._stopped.set()
     worker.runner._stages.close()
@@ -106,11 +108,12 @@ def test_a_redis_that_is_away_when_a_drain_begins_does_not_end_it_before_its_tim
 ) -> None:
     """Ending at once would take running batches down with it, and charge their jobs."""
     waited: list[float] = []
-    monkeypatch.setattr(
-        worker, "_stopped", SimpleNamespace(
-            wait=lambda s: waited.append(s) or False, is_set=lambda: False, set=lambda: None
-        )
-    )  # fmt: skip
+
+    def wait(seconds: float) -> bool:
+        waited.append(seconds)
+        return False
+
+    monkeypatch.setattr(worker._stopped, "wait", wait)
     faults.always.add("fleet")
     worker.hand.close()
 
@@ -164,7 +167,7 @@ def test_a_model_that_does_not_warm_up_is_closed_again(
     card = SimpleNamespace(name="echo", version=1)
     catalogue: Any = SimpleNamespace(resolve=lambda *_: card, folder=lambda _: "")
     monkeypatch.setattr(worker, "catalogue", catalogue)
-    monkeypatch.setattr(worker_main.Bundle, "open", lambda *_, **__: None)
+    monkeypatch.setattr(Bundle, "open", lambda *_, **__: None)
     monkeypatch.setattr(worker_main, "load_model", lambda *_, **__: model)
 
     with pytest.raises(InvalidModel):

@@ -106,7 +106,11 @@ def test_many_who_want_a_model_at_once_load_it_once(
 
 def test_two_models_load_side_by_side(residency: Residency, loader: Loader, crew: Any) -> None:
     both = threading.Barrier(2)
-    loader.during = lambda name: both.wait(20) and None
+
+    def meet(name: str) -> None:
+        both.wait(20)
+
+    loader.during = meet
 
     crew.run(use, residency, "a")
     crew.run(use, residency, "b")

@@ -101,7 +101,7 @@ def test_the_task_has_its_wire_name(runner: BatchRunner) -> None:
         def task(self, *, name: str, **options: Any) -> Any:
             return lambda function: registered.update({name: (function, options)})
 
-    runner.register(App())  # type: ignore[arg-type]
+    runner.register(App())
 
     assert registered == {RUN_BATCH: (runner.run_batch, {"ignore_result": True})}
 
