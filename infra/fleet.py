@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import msgspec
 from msgspec import Struct
 
+from infra.logs import get_logger
 from infra.redis_client import Redis, as_any, redis_errors
 from schemas.batches import Batch, Completion, decode_batch, decode_completion, encode
 
@@ -23,6 +24,8 @@ INBOX_TTL_S = 3600
 INBOX_READ = 256
 
 _DOORBELL = "headrace:doorbell"
+
+logger = get_logger("fleet")
 
 
 class SlotToken(NamedTuple):
@@ -129,7 +132,7 @@ class Fleet:
                 return Signals([], None)
             key, (value,) = popped
             if key == _inbox(slot).encode():
-                return Signals([decode_completion(value), *self.completions(slot)], None)
+                return Signals(_decoded([value]), None)
             if key == _DOORBELL.encode():
                 return Signals(self.completions(slot), None)
             token = SlotToken.unpack(value.decode())
@@ -140,7 +143,7 @@ class Fleet:
         """Take what workers reported; at most INBOX_READ at a time."""
         with redis_errors():
             raw = as_any(self._redis.lpop(_inbox(slot), INBOX_READ)) or []
-        return [decode_completion(value) for value in raw]
+        return _decoded(raw)
 
     def take_slot(self, seats: Sequence[Seat]) -> SlotToken | None:
         """A slot of a living worker, the first seat preferred; None when there is none."""
@@ -151,10 +154,6 @@ class Fleet:
                     if self._redis.exists(_worker(token.worker)):
                         return token
         return None
-
-    def return_slot(self, token: SlotToken) -> None:
-        with redis_errors():
-            self._redis.rpush(slots_key(token.seat), token.packed())
 
     def lease(self, batch: Batch) -> None:
         """Put a batch where its worker will fetch it, under a lease that starts now."""
@@ -227,16 +226,18 @@ class Fleet:
             pipe.execute()
 
     def offer(self, token: SlotToken) -> None:
+        """Put a slot up for the taking: a worker's own, or one that a dispatcher found no use for."""
         with redis_errors():
             self._redis.rpush(slots_key(token.seat), token.packed())
 
     def beat(self, beat: WorkerBeat, renew: Iterable[str], lease_ms: int) -> None:
-        """A sign of life; renews the leases that still stand."""
+        """A sign of life; renews the leases of the batches in hand, also those that Redis let run out
+        while it stood still."""
         with redis_errors():
             pipe = self._redis.pipeline(transaction=False)
             pipe.set(_worker(beat.worker), msgspec.json.encode(beat), ex=HEARTBEAT_TTL_S)
             for batch_id in renew:
-                pipe.pexpire(_lease(batch_id), lease_ms)
+                pipe.set(_lease(batch_id), b"1", px=lease_ms)
             pipe.execute()
 
     def sign_off(self, worker: str) -> None:
@@ -255,6 +256,17 @@ class Fleet:
         with redis_errors():
             raw = as_any(self._redis.get(_dispatcher(slot)))
         return msgspec.json.decode(raw, type=DispatcherBeat) if raw else None
+
+
+def _decoded(raw: Sequence[bytes]) -> list[Completion]:
+    """What cannot be read is left out: the lease of its batch brings the jobs back."""
+    completions = []
+    for value in raw:
+        try:
+            completions.append(decode_completion(value))
+        except msgspec.MsgspecError as error:
+            logger.error("completion_unreadable", error=str(error))
+    return completions
 
 
 def new_batch_id() -> str:

@@ -45,7 +45,7 @@ class DispatcherSettings(Section):
     window: int = Field(default=4096, ge=1, le=16384)
     window_bytes: int = Field(default=64 * 1024 * 1024, ge=1024 * 1024)
     batch_bytes: int = Field(default=64 * 1024 * 1024, ge=64 * 1024)
-    lease_s: float = Field(default=10, ge=1, le=600)
+    lease_s: float = Field(default=10, ge=2, le=600)
     retry_base_s: float = Field(default=0.5, gt=0)
     retry_cap_s: float = Field(default=60, gt=0)
     dedupe_window_s: float = Field(default=24 * 3600, ge=0)
@@ -57,7 +57,7 @@ class WorkerSettings(Section):
     """executors: engine runs at once (0: one per CPU). slots: batches held at once.
     models: the names loaded before the worker asks for work (empty: all that fit the memory budget)."""
 
-    name: str = "worker-0"
+    name: str = Field(default="worker-0", pattern=r"^[A-Za-z0-9._-]{1,64}$")
     executors: int = Field(default=0, ge=0)
     slots: int = Field(default=2, ge=1, le=16)
     memory_bytes: int = Field(default=4 * 1024**3, ge=64 * 1024**2)

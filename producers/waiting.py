@@ -77,9 +77,9 @@ class Waiter:
         deadline = now + timeout_s
         look_at = now
         search_at = now if any(map(_is_old, waiting)) else now + SEARCH_AFTER_S
-        told: Sequence[str] = (
-            self._listen(0) if waiting else ()
-        )  # the ear must be open before the look
+        told: Sequence[str] = ()
+        if waiting:
+            self._listen(0)  # the ear must be open before the first look
         while waiting:
             now = time.monotonic()
             if now >= look_at:

@@ -25,6 +25,7 @@ CANCEL_TYPE = "io.headrace.cancel.v1"
 JOB_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 TENANT = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
 KEY_LIMIT_CHARS = 256
+SHORT = re.compile(rf"(?s:.){{1,{KEY_LIMIT_CHARS}}}")
 PARAMS_LIMIT_BYTES = 16 * 1024
 PRIORITIES = range(10)
 PARAMS_LIMIT_DEPTH = 32
@@ -154,13 +155,13 @@ def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: 
     if (kind := field.text("ce_type")) != JOB_TYPE:
         raise _malformed("ce_type", JOB_TYPE, kind)
     tenant = field.text("ce_tenant", TENANT)
-    key = headers.get("ce_idempotencykey")
+    key = field.text("ce_idempotencykey", SHORT) if "ce_idempotencykey" in headers else None
     submitted_at = field.when("ce_time", appended_at)
     job = Job(
         id=field.text("ce_id", JOB_ID) if key is None else new_job_id(tenant, key),
         topic=topic,
         tenant=tenant,
-        model=field.text("ce_model"),
+        model=field.text("ce_model", SHORT),
         version=field.number("ce_modelversion", None),
         payload=_payload(field, value),
         submitted_at=submitted_at,
@@ -168,7 +169,7 @@ def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: 
         priority=min(max(field.number("ce_priority", 0) or 0, 0), PRIORITIES.stop - 1),
         key=key,
         params=_params(headers.get("ce_params")),
-        reply_to=headers.get("ce_replyto"),
+        reply_to=field.text("ce_replyto", JOB_ID) if "ce_replyto" in headers else None,
         traceparent=_traceparent(headers.get("ce_traceparent")),
     )
     return _with_history(job, field) if topic == RETRY else job

@@ -28,6 +28,14 @@ OLDEST_BROKER = (2, 5)
 """The first that tells an offset whose transaction is still open from one that stands."""
 
 
+REFUSALS = (
+    kafka_errors.AuthorizationError,
+    kafka_errors.SaslAuthenticationFailedError,
+    kafka_errors.UnsupportedSaslMechanismError,
+    kafka_errors.IllegalSaslStateError,
+)
+
+
 class Cluster(NamedTuple):
     """prefix: goes before the name of every topic, group and transactional id, so that several may share a cluster."""
 
@@ -105,11 +113,11 @@ class Cluster(NamedTuple):
 
     def _connect(self, make: Any, **options: object) -> Any:
         """Raises Transient if no server answers, PipelineError if they refuse us or are too old."""
-        net: list[Any] = []
+        opened: list[_Net] = []
 
-        def keep(**config: Any) -> Any:
-            net.append(KafkaNetClient(**config))
-            return net[-1]
+        def open_net(**config: Any) -> _Net:
+            opened.append(_Net(**config))
+            return opened[-1]
 
         try:
             client = make(
@@ -118,17 +126,15 @@ class Cluster(NamedTuple):
                 bootstrap_timeout_ms=_ms(CONNECT_S),
                 request_timeout_ms=_ms(ANSWER_S),
                 reconnect_backoff_max_ms=1000,
-                kafka_client=keep,
+                kafka_client=open_net,
                 **_security(self.settings),
                 **options,
             )
         except kafka_errors.KafkaError as error:
-            # A wrong password is tried again until the time is up, and only remembered here.
-            refusals = [e for n in net for e in n._manager._auth_failures.values()]
-            for left_open in net:
-                left_open.close()
-            raise translated(refusals[0] if refusals else error) from error
-        version = net[0]._manager.broker_version
+            for net in opened:
+                net.close()
+            raise translated(error) from error
+        version = opened[0]._manager.broker_version
         if version < OLDEST_BROKER:
             client.close()
             raise PipelineError(
@@ -137,6 +143,27 @@ class Cluster(NamedTuple):
                 f"{'.'.join(map(str, version))}.",
             )
         return client
+
+
+class _Net(KafkaNetClient):  # type: ignore[misc]
+    """Gives up where a server refuses us. By itself the client tries until its time is up, and forgets why."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        manager = self._manager
+        connect = manager.get_connection
+
+        def get_connection(node: Any, **options: Any) -> Any:
+            connection = connect(node, **options)
+
+            def remember(error: Exception) -> None:
+                if isinstance(error, REFUSALS):
+                    manager._auth_failures[node] = error
+
+            connection.init_future.add_errback(remember)
+            return connection
+
+        manager.get_connection = get_connection
 
 
 def committed(consumer: Any, partitions: Sequence[TopicPartition]) -> dict[Any, OffsetAndMetadata]:
@@ -183,12 +210,7 @@ def translated(error: Exception) -> Exception:
                 f"A record is larger than the Kafka cluster takes ({error}): send large payloads by "
                 f"reference, or raise the topic's max.message.bytes to {MAX_RECORD_BYTES}.",
             )
-        case (
-            kafka_errors.AuthorizationError()
-            | kafka_errors.SaslAuthenticationFailedError()
-            | kafka_errors.UnsupportedSaslMechanismError()
-            | kafka_errors.IllegalSaslStateError()
-        ):
+        case _ if isinstance(error, REFUSALS):
             return PipelineError(
                 "log_forbidden",
                 f"The Kafka cluster refuses us ({_short(error)}): check HEADRACE_KAFKA__USERNAME, "

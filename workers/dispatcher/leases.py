@@ -57,6 +57,11 @@ class Leases:
             if not lease.shown and lease.sent_at <= sent_before
         ]
 
+    def not_before(self, when: float) -> None:
+        """Look at no lease before a monotonic time."""
+        for lease in self._leases.values():
+            lease.check_at = max(lease.check_at, when)
+
     def all_due(self) -> None:
         """Look at every lease at the next chance (the server lost its memory)."""
         for lease in self._leases.values():

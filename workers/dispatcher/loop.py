@@ -27,6 +27,7 @@ from workers.dispatcher.view_writer import ViewWriter
 IDLE_S = 0.25
 UNRIPE_S = 0.005
 TIDY_EVERY_S = 0.25
+GRACE_S = 3.0
 SHOW_RUNNING_AFTER_S = 0.2
 
 logger = get_logger("dispatcher")
@@ -75,6 +76,10 @@ class Dispatcher:
             self._listen(draining)
             self._act(draining)
             self._tidy(self.wall())
+        except Transient:
+            # Workers could not renew their leases either: give them time to, once Redis is back.
+            self.leases.not_before(self.monotonic() + GRACE_S)
+            raise
         finally:
             self._return_slot()
             self.outcomes.commit(self.wall())
@@ -108,7 +113,7 @@ class Dispatcher:
         """Which slots the waiting jobs can use; those for live lanes stay free of bulk."""
         lanes = self.batcher.ready_lanes(now)
         if lanes & set(LIVE_LANES):
-            return ["any", "live"]
+            return ["live", "any"]
         return ["any"] if lanes else []
 
     def _dispatch(self, now: float) -> None:
@@ -126,7 +131,7 @@ class Dispatcher:
     def _return_slot(self) -> None:
         """Hand back a slot that found no use."""
         if self._slot is not None:
-            self.fleet.return_slot(self._slot)
+            self.fleet.offer(self._slot)
             self._slot = None
 
     def _send(self, token: SlotToken, jobs: list[OpenJob]) -> None:
@@ -184,7 +189,8 @@ class Dispatcher:
         phases = self.fleet.phases([lease.batch_id for lease in due])
         if not all(phase.leased for phase in phases):
             # A worker ends its lease as it reports: what was reported meanwhile is no loss.
-            self.settlement.settle(self.fleet.completions(self.slot), now)
+            while completions := self.fleet.completions(self.slot):
+                self.settlement.settle(completions, now)
         for lease, phase in zip(due, phases, strict=True):
             if phase.leased:
                 self.leases.renewed(lease.batch_id, self.monotonic())

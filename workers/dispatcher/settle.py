@@ -35,14 +35,14 @@ class Settlement:
             if lease is None:
                 logger.info("completion_ignored", batch=completion.batch_id)
                 continue
-            if len(completion.items) != len(lease.jobs) and completion.items:
+            if not completion.items:
+                self._given_back(lease, now)
+            elif len(completion.items) != len(lease.jobs):
                 logger.error("completion_malformed", batch=completion.batch_id)
                 self.lost(lease, begun=True, now=now)
-                continue
-            for job in lease.jobs if not completion.items else ():
-                self._run_again(job, now)
-            for job, item in zip(lease.jobs, completion.items, strict=False):
-                self._judge(job, item, completion.worker, now)
+            else:
+                for job, item in zip(lease.jobs, completion.items, strict=True):
+                    self._judge(job, item, completion.worker, now)
 
     def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
         """A batch's worker is gone. Jobs that were being run are suspect; all others just go again."""
@@ -59,12 +59,14 @@ class Settlement:
             if not begun and job.dispatches < MAX_DISPATCHES:
                 self._run_again(job, now)
                 continue
-            error = InferenceFailed(
-                "worker_died",
-                f"The worker died or overran {job.card.limits.max_run_s:.0f} s with this job in hand, "
-                f"{job.job.attempt + 1} times.",
-            )
+            error = InferenceFailed("worker_died", _death_of(job, begun))
             self._failed(job, error, now, passing=begun, suspect=True)
+
+    def _given_back(self, lease: Lease, now: float) -> None:
+        """Its worker drains: the jobs go elsewhere, and nobody is charged."""
+        for job in lease.jobs:
+            job.dispatches -= 1
+            self._run_again(job, now)
 
     def _judge(self, job: OpenJob, item: ItemOutcome, worker: str, now: float) -> None:
         if self._memory.is_cancelled(job.job.id):
@@ -93,3 +95,12 @@ class Settlement:
             self._outcomes.retry(job.job, job.at, now, suspect=suspect)
         else:
             self._outcomes.fail(job.job, job.at, error, now)
+
+
+def _death_of(job: OpenJob, begun: bool) -> str:
+    if not begun:
+        return f"Its batch vanished {job.dispatches} times before a worker began with it."
+    return (
+        f"The worker died or overran {job.card.limits.max_run_s:.0f} s with this job in hand, "
+        f"{job.job.attempt + 1} times."
+    )

@@ -97,7 +97,7 @@ class ViewWriter:
 
     def _begin(self, now: float) -> None:
         complete_to = self._view.complete_to()
-        since = now - self._ttl.longest_s if complete_to is None else complete_to - MARGIN_S
+        since = now - self._ttl.seconds if complete_to is None else complete_to - MARGIN_S
         if complete_to is None:
             logger.warning("view_lost", action="rebuild from the results topic")
             self.losses += 1

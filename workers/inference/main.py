@@ -31,6 +31,8 @@ from workers.inference.task import BatchRunner
 from workers.inference.watchdog import Watchdog
 
 BEAT_EVERY_S = 1.0
+NO_LEASE_S = 10.0
+JOIN_S = 5.0
 
 logger = get_logger("worker")
 
@@ -61,6 +63,7 @@ class Worker:
         self.started_at = time.time()
         self.ready = False
         self._stopped = threading.Event()
+        self._beating = threading.Thread(target=self.beat_forever, name="beat", daemon=True)
 
     def run(self) -> None:
         """Warm up, then serve until SIGTERM. Each step of the start is logged with its time."""
@@ -106,19 +109,20 @@ class Worker:
     def warm_up(self) -> None:
         """Load the models named in the settings, or the newest version of each that the budget has room for."""
         for name in self.settings.worker.models or sorted({c.name for c in self.catalogue.cards()}):
-            if self.residency.memory_bytes >= self.settings.worker.memory_bytes:
-                break
+            held = self.residency.names()
             try:
                 card = self.catalogue.resolve(name, None)
                 with self.residency.use(card.name, card.version):
                     pass
             except PipelineError as error:
                 logger.error("model_not_loaded", model=name, code=error.code, error=error.message)
+            if not set(held) <= set(self.residency.names()):
+                break  # it had to make room: the budget is used up
 
     def on_ready(self, **_: Any) -> None:
         """Celery listens: clear away what an earlier life offered, then ask for work."""
         self.ready = True
-        threading.Thread(target=self.beat_forever, name="beat", daemon=True).start()
+        self._beating.start()
         ready_s = round(time.time() - self.started_at, 3)
         logger.info("ready", ready_s=ready_s, models=self.residency.names())
         announce_ready(self.settings, self.settings.worker.name, models=self.residency.names())
@@ -156,17 +160,20 @@ class Worker:
                 self.beat()
             except Transient as error:
                 logger.warning("beat_missed", error=error.message)
-            self._stopped.wait(BEAT_EVERY_S)
+            self._stopped.wait(min(BEAT_EVERY_S, self.lease_s() / 4))
 
     def beat(self) -> None:
         """Sign of life, leases renewed, lost slots offered anew."""
         held = self.hand.held()
-        lease_s = min((h.batch.lease_s for h in held), default=10.0)
-        self.fleet.beat(self.describe(), [h.batch.id for h in held], int(lease_s * 1000))
+        self.fleet.beat(self.describe(), [h.batch.id for h in held], int(self.lease_s() * 1000))
         tokens = self.hand.offers()
         if tokens:
             self.hand.missing(tokens, self.fleet.offered(tokens))
         self.runner.offer_slots()
+
+    def lease_s(self) -> float:
+        """The shortest lease in hand."""
+        return min((held.batch.lease_s for held in self.hand.held()), default=NO_LEASE_S)
 
     def describe(self) -> WorkerBeat:
         return WorkerBeat(
@@ -185,6 +192,8 @@ class Worker:
 
     def close(self) -> None:
         self._stopped.set()
+        if self._beating.is_alive():
+            self._beating.join(JOIN_S)  # or its last beat would sign on again
         self.residency.close()
         try:
             self.fleet.sign_off(self.hand.worker)

@@ -45,7 +45,7 @@ class Residency:
                     self._make_room()
             yield place.model
         finally:
-            self._leave(place)
+            self._leave((name, version), place)
 
     def names(self) -> list[str]:
         """`name/version` of every model held, the least recently used first."""
@@ -71,13 +71,11 @@ class Residency:
             place.users += 1
             return place
 
-    def _leave(self, place: _Place) -> None:
+    def _leave(self, key: tuple[str, int], place: _Place) -> None:
         with self._lock:
             place.users -= 1
             if place.model is None and place.users == 0:
-                self._places = OrderedDict(
-                    (key, other) for key, other in self._places.items() if other is not place
-                )
+                self._places.pop(key, None)
         self._make_room()
 
     def _make_room(self) -> None:

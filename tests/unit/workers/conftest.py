@@ -207,10 +207,6 @@ class FakeFleet:
                         return token
         return None
 
-    def return_slot(self, token: SlotToken) -> None:
-        with self._call("return_slot"):
-            self.slots[token.seat].append(token)
-
     def lease(self, batch: Batch) -> None:
         with self._call("lease"):
             self.batches[batch.id] = encode(batch)
@@ -261,8 +257,7 @@ class FakeFleet:
             self.alive.add(beat.worker)
             self.beats.append(beat)
             for batch_id in renew:
-                if self.leased(batch_id):
-                    self.leases[batch_id] = self._clock.monotonic() + lease_ms / 1000
+                self.leases[batch_id] = self._clock.monotonic() + lease_ms / 1000
 
     def sign_off(self, worker: str) -> None:
         with self._call("sign_off"):

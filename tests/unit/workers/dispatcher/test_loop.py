@@ -660,7 +660,7 @@ def test_whatever_happens_each_accepted_job_ends_once(
     mailboxes.take()
     world = make_world(max_jobs=3, max_attempts=5)
     submitted: list[str] = []
-    fleet_calls = ["wait", "completions", "take_slot", "lease", "phases", "return_slot"]
+    fleet_calls = ["wait", "completions", "take_slot", "lease", "phases", "offer"]
     faults.before.clear()
     faults.after.clear()
     for step in steps:
