@@ -161,7 +161,7 @@ def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: 
         id=field.text("ce_id", JOB_ID) if key is None else new_job_id(tenant, key),
         topic=topic,
         tenant=tenant,
-        model=field.text("ce_model", SHORT),
+        model=field.text("ce_model")[:KEY_LIMIT_CHARS],
         version=field.number("ce_modelversion", None),
         payload=_payload(field, value),
         submitted_at=submitted_at,
@@ -169,7 +169,7 @@ def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: 
         priority=min(max(field.number("ce_priority", 0) or 0, 0), PRIORITIES.stop - 1),
         key=key,
         params=_params(headers.get("ce_params")),
-        reply_to=field.text("ce_replyto", JOB_ID) if "ce_replyto" in headers else None,
+        reply_to=field.text("ce_replyto", SHORT) if "ce_replyto" in headers else None,
         traceparent=_traceparent(headers.get("ce_traceparent")),
     )
     return _with_history(job, field) if topic == RETRY else job

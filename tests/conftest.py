@@ -102,6 +102,12 @@ class Stack:
         assert pid, f"{child} is not running"
         os.kill(pid, signum)
 
+    def stop(self) -> None:
+        """As Ctrl-C does."""
+        assert self.state is not None, "the stack is not running"
+        os.kill(self.state.pid, signal.SIGTERM)
+        self.until(lambda: self.state is None)
+
     def kill_all(self) -> None:
         """Supervisor first, so that nobody is restarted."""
         state = self.state

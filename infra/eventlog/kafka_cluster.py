@@ -133,6 +133,8 @@ class Cluster(NamedTuple):
         except kafka_errors.KafkaError as error:
             for net in opened:
                 net.close()
+                if net.refusal and isinstance(error, kafka_errors.KafkaTimeoutError):
+                    error = kafka_errors.SaslAuthenticationFailedError(net.refusal)
             raise translated(error) from error
         version = opened[0]._manager.broker_version
         if version < OLDEST_BROKER:
@@ -146,24 +148,28 @@ class Cluster(NamedTuple):
 
 
 class _Net(KafkaNetClient):  # type: ignore[misc]
-    """Gives up where a server refuses us. By itself the client tries until its time is up, and forgets why."""
+    """Gives up where the first server asked refuses us. By itself the client tries on until its time is up,
+    and forgets why it failed."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
-        manager = self._manager
-        connect = manager.get_connection
+        self.refusal: Exception | None = None
+        self._connect = self._manager.get_connection
+        self._manager.get_connection = self._get_connection
 
-        def get_connection(node: Any, **options: Any) -> Any:
-            connection = connect(node, **options)
+    def _get_connection(self, node: Any, **options: Any) -> Any:
+        if not self._manager.cluster.is_bootstrap(node):
+            return self._connect(node, **options)
+        if isinstance(self.refusal, REFUSALS):
+            raise self.refusal
+        connection = self._connect(node, **options)
+        connection.init_future.add_errback(lambda error: self._remember(connection, error))
+        return connection
 
-            def remember(error: Exception) -> None:
-                if isinstance(error, REFUSALS):
-                    manager._auth_failures[node] = error
-
-            connection.init_future.add_errback(remember)
-            return connection
-
-        manager.get_connection = get_connection
+    def _remember(self, connection: Any, error: Exception) -> None:
+        """Over TLS the server's last word is often lost: it spoke to us, then hung up when we said who we are."""
+        hung_up = connection.broker_version is not None and connection.config["sasl_mechanism"]
+        self.refusal = error if isinstance(error, REFUSALS) or hung_up else None
 
 
 def committed(consumer: Any, partitions: Sequence[TopicPartition]) -> dict[Any, OffsetAndMetadata]:

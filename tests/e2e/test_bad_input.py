@@ -347,7 +347,7 @@ REFUSED: dict[str, Refused] = {
     "long key": ("key_invalid", ("minilm-topics", SENTENCE), {"key": "k" * 257}),
     "key with a surrogate": ("key_invalid", ("minilm-topics", SENTENCE), {"key": "\ud800"}),
     "params too large": (
-        "params_invalid",
+        "params_too_large",
         ("minilm-topics", SENTENCE),
         {"params": {"p": "x" * 20_000}},
     ),

@@ -188,13 +188,14 @@ def test_a_second_up_finishes_what_a_killed_stack_left_open(
     assert {outcome.status for outcome in client.outcomes(late)} == {"succeeded"}
 
 
-def test_down_keeps_what_waits_for_the_next_up(stack: Stack, client: Client, audit: Audit) -> None:
-    jobs = client.submit_many("obey", [order(sleep_s=0.002)] * JOBS)
+def test_a_stop_keeps_what_waits_for_the_next_up(
+    stack: Stack, client: Client, audit: Audit
+) -> None:
+    jobs = client.submit_many("obey", [order(sleep_s=0.004)] * JOBS)
     arriving = client.outcomes(jobs, timeout_s=120)
     for _ in range(100):
         next(arriving)
-    stack.headrace("down")
-    assert stack.state is None
+    stack.stop()
     left = sum(lag.open for lag in stack.lag().values())
     assert 0 < left < JOBS
     stack.up()

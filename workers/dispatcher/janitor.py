@@ -9,7 +9,7 @@ from collections.abc import Callable
 from infra.eventlog import EventLog
 from infra.logs import get_logger
 from infra.objects import ObjectStore
-from schemas.errors import Transient
+from schemas.errors import PipelineError
 from schemas.payloads import TENANTS
 from schemas.topics import TOPIC_BY_NAME, TOPICS
 
@@ -39,7 +39,7 @@ class Janitor:
                 if time.monotonic() >= sweep_at:
                     sweep_at = time.monotonic() + SWEEP_EVERY_S
                     self.sweep_objects(stop)
-            except Transient as error:
+            except PipelineError as error:
                 logger.warning("cleaning_failed", error=error.message, action="tries again")
 
     def trim_log(self) -> int:

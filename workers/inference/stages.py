@@ -162,7 +162,9 @@ def failed(error: Exception) -> ItemOutcome:
     """An item that failed, as the dispatcher wants it. What is no error of ours is a bug in a step: it goes
     to the log with its traceback, and is the job's failure."""
     known = _as_pipeline_error(error)
-    return ItemOutcome(code=known.code, message=known.message, retry=isinstance(known, Transient))
+    # A bare PipelineError is about this deployment (wrong credentials, a missing bucket), not about the job.
+    passing = isinstance(known, Transient) or type(known) is PipelineError
+    return ItemOutcome(code=known.code, message=known.message, retry=passing)
 
 
 def _as_pipeline_error(error: Exception) -> PipelineError:
