@@ -11,7 +11,7 @@ import pytest
 
 from infra.fleet import SlotToken
 from schemas.batches import RUN_BATCH, Batch, BatchItem, ItemOutcome
-from schemas.errors import InvalidModel, PipelineError, Transient
+from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
 from workers.inference.hand import Hand
 from workers.inference.task import REPORT_TRIES, BatchRunner
 
@@ -271,7 +271,8 @@ def test_slots_that_could_not_be_offered_are_found_missing_later(
     [
         (InvalidModel("model_step_invalid", "No such step."), False),
         (Transient("storage_unavailable", "Away."), True),
-        (PipelineError("model_removed", "Gone."), False),
+        (InferenceFailed("model_removed", "Gone."), False),
+        (PipelineError("s3_credentials", "Denied."), True),
     ],
 )
 def test_when_the_model_does_not_load_every_item_fails_for_that_reason(
