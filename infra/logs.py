@@ -29,7 +29,9 @@ def configure_logs(process: str, level: str = "info", stream: TextIO | None = No
         else structlog.processors.JSONRenderer(sort_keys=True)
     )
 
-    def name_process(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    def name_process(
+        _: Any, __: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
         event.setdefault("process", process)
         return event
 

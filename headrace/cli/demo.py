@@ -88,9 +88,13 @@ def _recipes() -> _Recipes:
             Input("efficientnet-lite0", path, path.name, samples.PHOTOGRAPHS[path.name])
             for path in samples.photographs()
         ]
-        topics = [Input("minilm-topics", text, text, topic) for text, topic in samples.SENTENCES.items()]
+        topics = [
+            Input("minilm-topics", text, text, topic) for text, topic in samples.SENTENCES.items()
+        ]
         vectors = [Input("minilm-embed", text, text, "") for text in samples.sentences()[:2]]
-        speech = [Input("whisper-tiny-en", path, path.name, said) for path, said in whisper.speech()]
+        speech = [
+            Input("whisper-tiny-en", path, path.name, said) for path, said in whisper.speech()
+        ]
         return photographs + topics + vectors + speech
 
     bundles = {
