@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from kafka import TopicPartition
@@ -155,7 +156,8 @@ class KafkaMember:
         """The member keeps its partitions for the session's timeout: whoever comes back to its slot finds
         them, and the group need not be dealt out anew for a restart."""
         self._transactions.close()
-        self._consumer.close(timeout_ms=1000)
+        with suppress(kafka_errors.KafkaError):
+            self._consumer.close(timeout_ms=1000)
 
     # ── giving ───────────────────────────────────────────────────────────────────────────────────
 

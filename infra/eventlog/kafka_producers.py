@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 from kafka import TopicPartition
@@ -55,7 +54,7 @@ class Appender:
         with self._lock:
             producer, self._producer = self._producer, None
         if producer is not None:
-            producer.close(timeout=ANSWER_S)
+            _close(producer, ANSWER_S)
 
     def _connected(self) -> Any:
         with self._lock:
@@ -68,8 +67,7 @@ class Appender:
         with self._lock:
             if self._producer is producer:
                 self._producer = None
-        with suppress(kafka_errors.KafkaError):
-            producer.close(timeout=0)
+        _close(producer, 0)
 
 
 class Transactions:
@@ -103,7 +101,7 @@ class Transactions:
             ) from None
 
     def close(self) -> None:
-        self._producer.close(timeout=1)
+        _close(self._producer, 1)
 
     def _run(self, records: Sequence[Encoded], offsets: Offsets, member: Any) -> None:
         sent: list[Any] = []
@@ -131,6 +129,14 @@ class Transactions:
             ) from reason
         if isinstance(reason, kafka_errors.FencedInstanceIdError):
             raise Fenced("Another process has this member's slot in the group.") from reason
+
+
+def _close(producer: Any, patience_s: float) -> None:
+    """What could not be sent by then is given up. By itself the client stays open for it, and goes on trying."""
+    try:
+        producer.close(timeout=patience_s)
+    except kafka_errors.KafkaError:
+        producer._sender.force_close()
 
 
 def _send(producer: Any, cluster: Cluster, record: Encoded) -> Any:

@@ -41,7 +41,7 @@ def answer(consumer: Consumer) -> None:
 
 def main(url: str, slot: str) -> int:
     try:
-        answer(open_log(url, slot=int(slot)).consumer("dispatcher", JOBS, window=256))
+        answer(open_log(url, slot=int(slot)).consumer("g", JOBS, window=256))
     except Fenced:
         return EXIT_FENCED
     return 0

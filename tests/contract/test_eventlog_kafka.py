@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
+import random
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +33,9 @@ A = "jobs.image.standard"
 RESULTS = "results"
 PARTITIONS = 6
 JOBS = 60
+SCRIPT = Path(__file__).with_name("kafka_member.py")
+SCALE = 10 if os.environ.get("HEADRACE_FAULTS") == "long" else 1
+KILLS = 10 * SCALE
 
 leaks_sockets = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 """kafka-python leaves those it could not connect to the garbage collector."""
@@ -164,6 +173,42 @@ def test_whoever_returns_to_its_slot_finds_its_partitions_and_only_what_was_open
     assert keys(take(returned, len(held) - 3)) == keys(held[3:])
     assert returned.receive(1, 2**20) == []
     assert second.lost() == []
+
+
+@pytest.mark.timeout(120 * SCALE)
+def test_members_that_come_and_go_answer_each_job_once(url: str, log: EventLog) -> None:
+    chance = random.Random(7)
+    with ExitStack() as running:
+        members = {0: running.enter_context(member_process(url, 0))}
+        for count in range(KILLS):
+            log.append(new(A, *range(count * JOBS, (count + 1) * JOBS)))
+            slot = chance.randrange(3)
+            if slot in members:
+                members[slot].kill()
+            members[slot] = running.enter_context(member_process(url, slot))
+            until_answered(log, chance.randrange(count * JOBS, (count + 1) * JOBS))
+        until_answered(log, KILLS * JOBS)
+    assert keys(list(log.read([RESULTS], 0))) == sorted(map(str, range(KILLS * JOBS)))
+
+
+def until_answered(log: EventLog, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(log.read([RESULTS], 0))) < count:
+        assert time.monotonic() < deadline
+
+
+@contextmanager
+def member_process(url: str, slot: int) -> Iterator[subprocess.Popen[bytes]]:
+    running = subprocess.Popen(
+        [sys.executable, str(SCRIPT), url, str(slot)],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
+    )
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait()
 
 
 def test_each_key_has_its_partition(log: EventLog) -> None:
