@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -18,8 +19,10 @@ def main() -> int:
     options = _options()
     figures: list[Figure] = []
     for name in options.names or BENCHMARKS:
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+        began = time.perf_counter()
         figures += import_module(f"bench.{name}").measure(options.quick)
+        print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     machine = describe()
     show(figures, machine)
     if options.json:

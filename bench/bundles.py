@@ -17,35 +17,40 @@ from pipelines.engines import load_engine
 from pipelines.engines.cache import EngineCache
 from pipelines.model import LoadedModel
 from pipelines.registry import add
+from schemas.models import BatchConfig
 
-NOOP, IMAGE, TEXT = "noop", "efficientnet-lite0", "minilm-embed"
+NOOP, WIDE_NOOP = "noop", "noop-wide"
+IMAGE, TEXT = "efficientnet-lite0", "minilm-embed"
 
 NOOP_FLOATS = 256
-NOOP_YAML = f"""\
-name: {NOOP}
+NOOP_YAML = """\
+name: {name}
 version: 1
 modality: tensor
 description: Takes 1 KB, gives its first number back
 engines:
   main: {{file: model.onnx}}
 preprocess:
-  - from_buffer: {{input: x, dtype: float32, shape: [{NOOP_FLOATS}]}}
+  - from_buffer: {{input: x, dtype: float32, shape: [256]}}
 postprocess:
   - tensor: {{outputs: [first]}}
 batch:
-  max_jobs: 32
-  buckets: [1, 32]
+  max_jobs: {max_jobs}
+  buckets: [1, {max_jobs}]
 """
+NOOP_MAX_JOBS = {NOOP: BatchConfig().max_jobs, WIDE_NOOP: 128}
 
 
 def build_noop(folder: Path) -> None:
+    """folder: named as the model, NOOP or WIDE_NOOP, which takes more jobs in a batch."""
     folder.mkdir(parents=True, exist_ok=True)
-    g = Graph(NOOP)
+    g = Graph(folder.name)
     x = g.input("x", np.float32, ["N", NOOP_FLOATS])
-    axis = [g.constant(np.array([at])) for at in (0, 1, 1)]
-    g.output("first", g.op("Slice", x, *axis), np.float32, ["N", 1])
+    starts, ends, axes = (g.constant(np.array([at])) for at in (0, 1, 1))
+    g.output("first", g.op("Slice", x, starts, ends, axes), np.float32, ["N", 1])
     g.save(folder / "model.onnx")
-    (folder / "model.yaml").write_text(NOOP_YAML, "utf-8")
+    text = NOOP_YAML.format(name=folder.name, max_jobs=NOOP_MAX_JOBS[folder.name])
+    (folder / "model.yaml").write_text(text, "utf-8")
 
 
 def noop_payload(number: int) -> bytes:
@@ -53,15 +58,21 @@ def noop_payload(number: int) -> bytes:
     return np.full(NOOP_FLOATS, number, np.float32).tobytes()
 
 
-BUILD = {NOOP: build_noop, IMAGE: efficientnet.build, TEXT: minilm.build_embedder}
+BUILD = {
+    NOOP: build_noop,
+    WIDE_NOOP: build_noop,
+    IMAGE: efficientnet.build,
+    TEXT: minilm.build_embedder,
+}
 
 
 def install(settings: Settings, names: list[str]) -> None:
     """Make the bundles that are missing, and add them to the stack's catalogue."""
     objects = open_objects(settings.objects_address)
     for name in names:
-        shared = name != NOOP  # the demo's are cached, and put there as a whole
-        folder = cache_folder().parent / "bundles" / name if shared else settings.data_dir / name
+        cached = name in (IMAGE, TEXT)  # as the demo does: they take a while to make
+        parent = cache_folder().parent if cached else settings.data_dir
+        folder = parent / "bundles" / name
         BUILD[name](folder)
         add(folder, objects, _cache(settings), budget_bytes=settings.worker.memory_bytes)
 

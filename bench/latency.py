@@ -6,8 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from statistics import quantiles
 
+import psutil
+
 from bench.bundles import NOOP, load, noop_payload
 from bench.figures import Asked, Figure
+from bench.machine import CpuMeter, stack_processes
 from bench.publisher import alone
 from bench.stack import running
 from infra.settings import Settings
@@ -19,14 +22,15 @@ WARM_UP = 20
 
 def measure(quick: bool) -> Iterator[Figure]:
     with running(NOOP) as settings:
-        through, direct = alone(time_jobs, settings, 150 if quick else 600)
+        through, direct, others_cpus = alone(time_jobs, settings, 150 if quick else 600)
     (p50, p99), (direct_p50, direct_p99) = _p50_p99(through), _p50_p99(direct)
     yield Figure(
         name="latency at light load: added, p50",
         measured=p50 - direct_p50,
         unit="ms",
         asked=Asked("<=", 5),
-        note=f"submit to result {p50:.2f}, the direct call {direct_p50:.3f}",
+        note=f"submit to result {p50:.2f}, the direct call {direct_p50:.3f}; "
+        f"other work took {others_cpus:.1f} CPUs",
         details={"through_ms": through, "direct_ms": direct},
     )
     yield Figure(
@@ -37,8 +41,8 @@ def measure(quick: bool) -> Iterator[Figure]:
     )
 
 
-def time_jobs(settings: Settings, times: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of jobs one at a time, and of direct calls in between."""
+def time_jobs(settings: Settings, times: int) -> tuple[list[float], list[float], float]:
+    """Milliseconds of jobs one at a time, and of direct calls in between; CPUs of other work."""
     model = load(settings, NOOP)
 
     def call(payload: bytes) -> None:
@@ -46,13 +50,14 @@ def time_jobs(settings: Settings, times: int) -> tuple[list[float], list[float]]
         model.encode(row)
 
     through, direct = [], []
+    meter = CpuMeter(stack_processes(settings) | {"client": psutil.Process()})
     with Client(settings=settings) as client:
         for number in range(WARM_UP + times):
             payload = noop_payload(number)
             through.append(_ms(lambda data: client.submit(NOOP, data).result(), payload))
             direct.append(_ms(call, payload))
             time.sleep(PAUSE_S)
-    return through[WARM_UP:], direct[WARM_UP:]
+    return through[WARM_UP:], direct[WARM_UP:], meter.others_cpus()
 
 
 def _ms(step: Callable[[bytes], object], payload: bytes) -> float:

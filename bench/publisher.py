@@ -6,13 +6,14 @@ It runs in a process of its own, so that its CPU time is the client's and nothin
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from statistics import median
 from typing import ParamSpec, TypeVar
 
+import psutil
 from msgspec import Struct
 
 from bench.machine import CpuMeter, stack_processes
@@ -60,8 +61,7 @@ def stream(settings: Settings, model: str, payloads: Payloads, jobs: int) -> Str
     group = min(GROUP_MOST, max(GROUP_LEAST, jobs // 24))
     with Client(settings=settings) as client:
         _finish(client, client.submit_many(model, payloads[:1]))  # connections are open now
-        meter = CpuMeter(stack_processes(settings))
-        own = _own_cpu_s()
+        meter = CpuMeter(stack_processes(settings) | {"client": psutil.Process()})
         began = time.perf_counter()
         waiting: deque[list[JobHandle]] = deque()
         outcomes: list[Outcome] = []
@@ -76,9 +76,13 @@ def stream(settings: Settings, model: str, payloads: Payloads, jobs: int) -> Str
         for handles in waiting:
             outcomes += _finish(client, handles)
         wall_s = time.perf_counter() - began
-        cpu_s = meter.read() | {"client": _own_cpu_s() - own}
-        others = meter.others_cpus() - cpu_s["client"] / wall_s
-        return Streamed(jobs, wall_s, _rate(outcomes, last_submit), cpu_s, max(0.0, others))
+        rate = _rate(outcomes, last_submit)
+        return Streamed(jobs, wall_s, rate, meter.read(), meter.others_cpus())
+
+
+def others(streams: Sequence[Streamed]) -> str:
+    """In words, how much of the machine was not ours."""
+    return f"other work took {median(streamed.others_cpus for streamed in streams):.1f} CPUs"
 
 
 def _finish(client: Client, handles: list[JobHandle]) -> list[Outcome]:
@@ -100,8 +104,3 @@ def _rate(outcomes: list[Outcome], last_submit: float) -> float:
             f"expected a quarter of {len(finished)} jobs or more in full flow, came {len(flowing)}: stream more"
         )
     return len(flowing) / (flowing[-1] - start)
-
-
-def _own_cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime

@@ -19,6 +19,8 @@ COLUMNS = ("figure", "asked", "measured", "", "how")
 
 def show(figures: Sequence[Figure], machine: dict[str, str]) -> None:
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
     table = Table(*COLUMNS)
     for figure in figures:
         name, asked, measured, verdict, note = figure.row()

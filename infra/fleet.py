@@ -25,6 +25,13 @@ INBOX_READ = 256
 
 _DOORBELL = "headrace:doorbell"
 
+# At once, so that a Redis emptied in between leaves no batch that seems begun and without a lease.
+_BEGIN = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('SET', KEYS[2], '1', 'PX', ARGV[1])
+return 1
+"""
+
 logger = get_logger("fleet")
 
 
@@ -207,10 +214,8 @@ class Fleet:
         """Say that decoding starts: from here on this batch is suspect if its worker dies. False: the lease is lost."""
         ttl_ms = int((batch.max_run_s + 4 * batch.lease_s) * 1000)
         with redis_errors():
-            pipe = self._redis.pipeline(transaction=False)
-            pipe.set(_phase(batch.id), b"1", px=ttl_ms)
-            pipe.exists(_lease(batch.id))
-            return bool(as_any(pipe.execute())[1])
+            keys = (_lease(batch.id), _phase(batch.id))
+            return bool(as_any(self._redis.eval(_BEGIN, 2, *keys, ttl_ms)))
 
     def holds(self, batch_id: str) -> bool:
         with redis_errors():

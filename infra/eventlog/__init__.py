@@ -37,14 +37,19 @@ class Record(NamedTuple):
 
 
 class Lag(NamedTuple):
-    """How far a group is behind on one topic. oldest_age_s: age of the oldest open record, 0 if none."""
+    """How far a group is behind on one topic. open: at most so many, and 0 only if none; where a log counts
+    by offsets, the ends of transactions count too. oldest_age_s: age of the oldest open record, 0 if none."""
 
     open: int
     oldest_age_s: float
 
 
 class Consumer(Protocol):
-    """One member of a consumer group. Owned by one thread."""
+    """One member of a consumer group. Owned by one thread.
+
+    On a log whose topics have partitions, what is said of a topic (order, window) holds for each partition,
+    and the members of a group share them.
+    """
 
     def receive(self, max_records: int, max_bytes: int, timeout_s: float = 0) -> list[Record]:
         """Records not yet given to this member, oldest first per topic, paused topics left out.
@@ -72,14 +77,15 @@ class Consumer(Protocol):
         """Per subscribed topic, what this group has not completed."""
 
     def rewind(self, since: float) -> None:
-        """Give again everything appended at or after this time, completed or not (replay)."""
+        """Give again everything of this member's appended at or after this time, completed or not (replay)."""
 
     def close(self) -> None: ...
 
 
 class EventLog(Protocol):
     def append(self, records: Sequence[NewRecord]) -> None:
-        """Append all or nothing; durable on return. Raises Transient (unavailable, log_full, log_busy)."""
+        """Append all or nothing; durable on return. Raises Transient (log_unavailable, log_full, log_busy);
+        where the log is on other machines, some may then be there all the same: append them again."""
 
     def consumer(self, group: str, topics: Sequence[str], *, window: int = 4096) -> Consumer:
         """Join a group. window: most open records per topic."""

@@ -40,7 +40,8 @@ class Intake:
         self._batcher = batcher
         self._outcomes = outcomes
         self._window_bytes = window_bytes
-        self._delayed: list[tuple[float, int, OpenJob]] = []
+        self._delayed: dict[str, OpenJob] = {}
+        self._wake_at: list[tuple[float, int, OpenJob]] = []
         self._order = itertools.count()
         self._bulk_paused = False
         self._records: list[Record] = []
@@ -71,11 +72,12 @@ class Intake:
 
     def wake(self, now: float) -> None:
         """Let go on what had to wait for its time."""
-        while self._delayed and self._delayed[0][0] <= now:
-            job = heapq.heappop(self._delayed)[2]
-            if self._memory.is_cancelled(job.job.id):
-                self._outcomes.end(job.job, job.at, "cancelled", now)
-            elif job.job.deadline_at <= now:
+        while self._wake_at and self._wake_at[0][0] <= now:
+            job = heapq.heappop(self._wake_at)[2]
+            if self._delayed.get(job.job.id) is not job:
+                continue  # cancelled meanwhile
+            del self._delayed[job.job.id]
+            if job.job.deadline_at <= now:
                 self._outcomes.end(job.job, job.at, "expired", now)
             else:
                 self._batcher.add([job])
@@ -91,7 +93,7 @@ class Intake:
 
     def next_wake(self) -> float | None:
         """When the next delayed job may go on, seconds since the epoch."""
-        return self._delayed[0][0] if self._delayed else None
+        return self._wake_at[0][0] if self._wake_at else None
 
     def _hold_back_bulk(self) -> None:
         """Bulk may fill half of the window; the rest is for lanes that somebody waits on."""
@@ -130,7 +132,8 @@ class Intake:
         self._memory.hold(job)
         if job.job.not_before > now:
             wake_at = min(job.job.not_before, job.job.deadline_at)
-            heapq.heappush(self._delayed, (wake_at, job.order, job))
+            self._delayed[job.job.id] = job
+            heapq.heappush(self._wake_at, (wake_at, job.order, job))
         else:
             self._batcher.add([job])
 
@@ -139,5 +142,5 @@ class Intake:
         if record.headers.get("ce_type") != CANCEL_TYPE:
             return
         self._memory.cancel(record.key)
-        if job := self._batcher.remove(record.key):
+        if job := self._batcher.remove(record.key) or self._delayed.pop(record.key, None):
             self._outcomes.end(job.job, job.at, "cancelled", now)

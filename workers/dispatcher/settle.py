@@ -15,6 +15,9 @@ from workers.dispatcher.outcomes import Outcomes
 MAX_DISPATCHES = 20
 """A job that vanishes with its batch this often, without ever being run, counts as failed."""
 
+OUTAGES = frozenset({"storage_full", "storage_unavailable"})
+"""No fault of the job, and nothing that attempts would mend: it is retried until its deadline."""
+
 logger = get_logger("dispatcher")
 
 
@@ -91,7 +94,9 @@ class Settlement:
     ) -> None:
         if self._memory.is_cancelled(job.job.id):
             self._outcomes.end(job.job, job.at, "cancelled", now)
-        elif passing and job.job.attempt + 1 < job.card.limits.max_attempts:
+        elif error.code in OUTAGES or (
+            passing and job.job.attempt + 1 < job.card.limits.max_attempts
+        ):
             self._outcomes.retry(job.job, job.at, now, suspect=suspect)
         else:
             self._outcomes.fail(job.job, job.at, error, now)

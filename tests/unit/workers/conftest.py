@@ -225,7 +225,8 @@ class FakeFleet:
 
     def begin(self, batch: Batch) -> bool:
         with self._call("begin"):
-            self.begun.add(batch.id)
+            if self.leased(batch.id):
+                self.begun.add(batch.id)
             return self.leased(batch.id)
 
     def holds(self, batch_id: str) -> bool:

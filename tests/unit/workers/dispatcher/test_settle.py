@@ -16,7 +16,7 @@ from workers.dispatcher.settle import MAX_DISPATCHES
 MakeJob = Callable[..., Job]
 
 GOOD = ItemOutcome(b'{"type":"echo"}')
-PASSING = ItemOutcome(code="storage_unavailable", message="Away.", retry=True)
+PASSING = ItemOutcome(code="device_out_of_memory", message="Away.", retry=True)
 FOR_GOOD = ItemOutcome(code="image_truncated", message="Expected a whole image.")
 
 
@@ -108,6 +108,17 @@ def test_a_model_that_allows_one_attempt_has_one(make_world: Any, make_job: Make
     settle(world, PASSING)
 
     assert world.log.statuses() == {"a": "failed"}
+
+
+def test_a_store_that_is_away_uses_up_no_attempt(world: Any, run: Any, make_job: MakeJob) -> None:
+    """A full disk would otherwise make dead letters of good jobs within seconds; the deadline ends it."""
+    lease = run(make_job(id="a"))
+    lease.jobs[0].job = make_job(id="a", version=1, attempt=50)
+
+    settle(world, ItemOutcome(code="storage_full", message="Full.", retry=True))
+
+    assert world.log.statuses() == {}
+    assert [job.attempt for job in retried(world)] == [51]
 
 
 def test_a_job_cancelled_while_it_ran_ends_as_cancelled_whatever_came_of_it(
