@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import random
@@ -21,14 +22,16 @@ import pytest
 from kafka import TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, MemberToRemove
 from kafka.structs import OffsetAndMetadata
+from typer.testing import CliRunner
 
+from headrace.cli.topics import app as topics_cli
 from infra.eventlog import Consumer, EventLog, Fenced, Moved, NewRecord, Position, Record
 from infra.eventlog.kafka import cluster_at
 from infra.eventlog.kafka_topics import ensure_topics
 from infra.eventlog.open import open_log
 from infra.settings import KafkaSettings
 from schemas.errors import InvalidJob, PipelineError, Transient
-from schemas.topics import TOPIC_BY_NAME
+from schemas.topics import TOPIC_BY_NAME, TOPICS
 from tests.servers.kafka import OPERATOR, PASSWORD, STRANGER, KafkaServer, fresh_topics
 
 A = "jobs.image.standard"
@@ -467,6 +470,27 @@ def test_topics_are_made_once_and_brought_into_line(kafka_address: str) -> None:
     assert actions(partitions=2, min_insync_replicas=2, dry_run=True) == ["configure"] * 2
     assert actions(partitions=2, min_insync_replicas=2) == ["configure"] * 2
     assert actions(partitions=2, min_insync_replicas=2) == ["none", "none"]
+    with closing(cluster_at(url).admin()) as admin:
+        admin.delete_topics([cluster_at(url).name(topic.name) for topic in topics])
+
+
+def test_topics_are_applied_from_the_command_line(
+    kafka_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = f"cli-{uuid.uuid4().hex}."
+    monkeypatch.setenv("HEADRACE_LOG_URL", f"{kafka_address}?prefix={prefix}")
+    monkeypatch.setenv("HEADRACE_KAFKA__PARTITIONS", "1")
+    runs = [["--dry-run"], [], []]
+    shown = [CliRunner().invoke(topics_cli, ["apply", "--json", *run]) for run in runs]
+    changes = [json.loads(run.stdout) for run in shown]
+    assert [change["name"] for change in changes[0]] == [prefix + topic.name for topic in TOPICS]
+    assert [{change["action"] for change in run} for run in changes] == [
+        {"create"},
+        {"create"},
+        {"none"},
+    ]
+    with closing(cluster_at(kafka_address).admin()) as admin:
+        admin.delete_topics([change["name"] for change in changes[0]])
 
 
 def test_records_bear_the_clusters_time(url: str, log: EventLog) -> None:

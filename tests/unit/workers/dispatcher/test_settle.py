@@ -89,7 +89,7 @@ def test_a_passing_failure_is_retried_until_the_attempts_are_used_up(
         settle(world, PASSING)
 
     assert [job.attempt for job in retried(world)] == [1, 2]
-    assert letters(world) == {"a": "storage_unavailable"}
+    assert letters(world) == {"a": PASSING.code}
     (outcome,) = world.log.outcomes()
     assert (outcome.status, outcome.code, outcome.attempts) == ("failed", "storage_unavailable", 3)
     (letter,) = world.log.records["jobs.text.standard.dlq"]
