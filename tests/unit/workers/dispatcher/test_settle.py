@@ -91,7 +91,7 @@ def test_a_passing_failure_is_retried_until_the_attempts_are_used_up(
     assert [job.attempt for job in retried(world)] == [1, 2]
     assert letters(world) == {"a": PASSING.code}
     (outcome,) = world.log.outcomes()
-    assert (outcome.status, outcome.code, outcome.attempts) == ("failed", "storage_unavailable", 3)
+    assert (outcome.status, outcome.code, outcome.attempts) == ("failed", "device_out_of_memory", 3)
     (letter,) = world.log.records["jobs.text.standard.dlq"]
     assert letter.headers["x-attempt"] == "3"
     assert letter.headers["x-original-topic"] == RETRY
