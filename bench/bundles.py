@@ -10,7 +10,7 @@ from examples.models import efficientnet, minilm
 from examples.models.graph import Graph
 from examples.models.wheels import cache_folder
 from infra.catalogue import Catalogue
-from infra.objects import open_objects
+from infra.objects import connect_objects
 from infra.settings import Settings
 from pipelines.bundle import Bundle
 from pipelines.engines import load_engine
@@ -68,7 +68,7 @@ BUILD = {
 
 def install(settings: Settings, names: list[str]) -> None:
     """Make the bundles that are missing, and add them to the stack's catalogue."""
-    objects = open_objects(settings.objects_address)
+    objects = connect_objects(settings)
     for name in names:
         cached = name in (IMAGE, TEXT)  # as the demo does: they take a while to make
         parent = cache_folder().parent if cached else settings.data_dir
@@ -79,7 +79,7 @@ def install(settings: Settings, names: list[str]) -> None:
 
 def load(settings: Settings, name: str) -> LoadedModel:
     """As a worker loads it: the installed files, one thread an engine, warmed up."""
-    catalogue = Catalogue(open_objects(settings.objects_address))
+    catalogue = Catalogue(connect_objects(settings))
     bundle = Bundle.open(catalogue.folder(catalogue.resolve(name)), check_graphs=False)
     engines = {
         role: load_engine(

@@ -17,10 +17,10 @@ import msgspec
 
 from infra.catalogue import Catalogue
 from infra.eventlog import EventLog, NewRecord
-from infra.eventlog.open import open_log
+from infra.eventlog.open import connect_log
 from infra.fleet import Fleet
 from infra.job_view import JobView
-from infra.objects import ObjectStore, open_objects
+from infra.objects import ObjectStore, connect_objects
 from infra.redis_client import Redis, connect_redis
 from infra.settings import Settings, load_settings
 from producers.job_search import find_job
@@ -277,11 +277,11 @@ class Client:
 
     @cached_property
     def log(self) -> EventLog:
-        return open_log(self.settings.log_address, on_append=self._ring)
+        return connect_log(self.settings, self._ring)
 
     @cached_property
     def _objects(self) -> ObjectStore:
-        return open_objects(self.settings.objects_address)
+        return connect_objects(self.settings)
 
     @cached_property
     def _catalogue(self) -> Catalogue:

@@ -176,9 +176,9 @@ class Stack:
     # ── the log ──────────────────────────────────────────────────────────────────────────────────
 
     def records(self, *topics: str) -> list[Record]:
-        from infra.eventlog.open import open_log
+        from infra.eventlog.open import connect_log
 
-        log = open_log(self.settings.log_address)
+        log = connect_log(self.settings)
         try:
             return list(log.read(topics, 0.0))
         finally:
@@ -196,10 +196,10 @@ class Stack:
 
     def lag(self) -> dict[str, Lag]:
         """Of the dispatcher, on the topics where something is open."""
-        from infra.eventlog.open import open_log
+        from infra.eventlog.open import connect_log
         from schemas.topics import CONTROL, JOB_TOPICS, RETRY
 
-        log = open_log(self.settings.log_address)
+        log = connect_log(self.settings)
         try:
             lags = log.lag("dispatcher", [*JOB_TOPICS, RETRY, CONTROL])
         finally:

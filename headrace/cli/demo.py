@@ -109,9 +109,9 @@ def _recipes() -> _Recipes:
 def _install_models(settings: Settings, recipes: _Recipes) -> None:
     """Make and add what the catalogue does not have yet."""
     from infra.catalogue import Catalogue
-    from infra.objects import open_objects
+    from infra.objects import connect_objects
 
-    objects = open_objects(settings.objects_address)
+    objects = connect_objects(settings)
     have = {card.name for card in Catalogue(objects).cards()}
     missing = [name for name in recipes.bundles if name not in have]
     if not missing:

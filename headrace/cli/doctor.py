@@ -25,8 +25,8 @@ from headrace.cli.output import FAILED, handle_errors, output, print_json
 from infra.catalogue import Catalogue
 from infra.embedded.record import running_stack
 from infra.embedded.redis_server import find_server
-from infra.eventlog.open import open_log
-from infra.objects import ObjectExists, open_objects
+from infra.eventlog.open import connect_log
+from infra.objects import ObjectExists, connect_objects
 from infra.redis_client import connect_redis, redis_errors
 from infra.settings import SOCKET_PATH_LIMIT, Settings
 from schemas.errors import PipelineError, Transient
@@ -153,7 +153,7 @@ def sqlite(settings: Settings) -> Finding:
 
 
 def event_log(settings: Settings) -> Finding:
-    log = open_log(settings.log_address)
+    log = connect_log(settings)
     try:
         lag = log.lag("dispatcher", [*JOB_TOPICS, RETRY])
     finally:
@@ -173,7 +173,7 @@ def retention(settings: Settings) -> Finding:
 
 
 def object_store(settings: Settings) -> Finding:
-    objects = open_objects(settings.objects_address)
+    objects = connect_objects(settings)
     key = f"doctor/{uuid.uuid4().hex}"
     objects.put(key, b"first")
     try:
@@ -186,7 +186,7 @@ def object_store(settings: Settings) -> Finding:
 
 
 def models(settings: Settings) -> Finding:
-    cards = Catalogue(open_objects(settings.objects_address)).cards()
+    cards = Catalogue(connect_objects(settings)).cards()
     if not cards:
         return Finding("warn", "none installed", "`headrace models add DIR` installs one.")
     names = sorted({card.name for card in cards})

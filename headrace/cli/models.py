@@ -119,9 +119,9 @@ def remove(
 
 
 def _objects(settings: Settings) -> ObjectStore:
-    from infra.objects import open_objects
+    from infra.objects import connect_objects
 
-    return open_objects(settings.objects_address)
+    return connect_objects(settings)
 
 
 def _add(folder: Path, objects: ObjectStore, settings: Settings) -> Added:

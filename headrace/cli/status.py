@@ -18,9 +18,9 @@ from headrace.cli.stack import last_lines
 from infra.catalogue import Catalogue
 from infra.embedded import child_log
 from infra.embedded.record import ChildState, StackState, running_stack
-from infra.eventlog.open import open_log
+from infra.eventlog.open import connect_log
 from infra.fleet import DispatcherBeat, Fleet, WorkerBeat
-from infra.objects import open_objects
+from infra.objects import connect_objects
 from infra.redis_client import connect_redis
 from infra.settings import Settings
 from schemas.errors import PipelineError
@@ -108,13 +108,13 @@ def look(settings: Settings, stack: StackState) -> Status:
         topics=asked(lambda: _topics(settings)),
         dispatcher=asked(lambda: fleet.dispatcher(settings.dispatcher.slot)),
         workers=asked(fleet.workers) or [],
-        models=asked(lambda: len(Catalogue(open_objects(settings.objects_address)).cards())),
+        models=asked(lambda: len(Catalogue(connect_objects(settings)).cards())),
         trouble=trouble,
     )
 
 
 def _topics(settings: Settings) -> dict[str, TopicStatus]:
-    log = open_log(settings.log_address)
+    log = connect_log(settings)
     try:
         lags = log.lag(GROUP, [*JOB_TOPICS, RETRY])
     finally:

@@ -10,7 +10,7 @@ from infra.eventlog import EventLog
 from schemas.errors import PipelineError
 
 if TYPE_CHECKING:
-    from infra.settings import KafkaSettings
+    from infra.settings import KafkaSettings, Settings
 
 
 class Options(NamedTuple):
@@ -44,6 +44,16 @@ def open_log(
             f"The event log's address must begin with one of {known}; got {url!r}.",
         )
     return opener(url, Options(on_append, kafka, slot))
+
+
+def connect_log(settings: Settings, on_append: Callable[[], None] | None = None) -> EventLog:
+    """The log of the settings, as this process's slot. Raises what `open_log` raises."""
+    return open_log(
+        settings.log_address,
+        on_append=on_append,
+        kafka=settings.kafka,
+        slot=settings.dispatcher.slot,
+    )
 
 
 def _open_sqlite(url: str, options: Options) -> EventLog:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote
 
-from infra.settings import S3Settings, load_settings
+from infra.settings import S3Settings, Settings, load_settings
 from schemas.errors import InvalidJob, PipelineError
 from schemas.payloads import Ref
 
@@ -94,6 +94,11 @@ def open_objects(url: str, s3: S3Settings | None = None) -> ObjectStore:
         "Object store: expected file:///an/absolute/folder or s3://host:port/bucket, came"
         f" {url.rpartition('@')[2]!r}.",
     )
+
+
+def connect_objects(settings: Settings) -> ObjectStore:
+    """The store of the settings."""
+    return open_objects(settings.objects_address, settings.s3)
 
 
 def _open_s3(url: str, settings: S3Settings) -> ObjectStore:

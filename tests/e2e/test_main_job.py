@@ -17,7 +17,7 @@ import redis
 from examples.models import samples, whisper
 from headrace import AsyncClient, Client
 from infra.job_view import JobView
-from infra.objects import open_objects
+from infra.objects import connect_objects
 from infra.redis_client import connect_redis
 from producers.explain import explain_job
 from producers.job_search import recent_jobs
@@ -100,7 +100,7 @@ def test_a_payload_may_be_a_reference_to_an_object(
     stack: Stack, client: Client, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "a.npy", np.array([4, 5], np.float32))
-    objects = open_objects(stack.settings.objects_address)
+    objects = connect_objects(stack.settings)
     ref = objects.put("tenants/default/mine/a.npy", tmp_path / "a.npy")
     assert outputs(client.submit("noop", ref).result()) == [4, 5]
 

@@ -11,11 +11,11 @@ from types import FrameType
 from infra.catalogue import Catalogue
 from infra.embedded import announce_ready
 from infra.eventlog import EventLog, Fenced
-from infra.eventlog.open import open_log
+from infra.eventlog.open import connect_log
 from infra.fleet import DispatcherBeat, Fleet, LaneSnapshot
 from infra.job_view import JobView
 from infra.logs import configure_logs, get_logger
-from infra.objects import open_objects
+from infra.objects import connect_objects
 from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import Mailboxes, make_app
@@ -53,7 +53,7 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    log = open_log(settings.log_address)
+    log = connect_log(settings)
     try:
         process = Process(settings, log)
         announce_ready(settings, "dispatcher")
@@ -86,7 +86,7 @@ class Process:
             RetryPolicy(options.retry_base_s, options.retry_cap_s),
         )
         self.settlement = Settlement(self.leases, self.memory, self.batcher, self.outcomes)
-        objects = open_objects(settings.objects_address)
+        objects = connect_objects(settings)
         catalogue = Catalogue(objects)
         self.janitor = Janitor(log, objects)
         admitter = Admitter(catalogue.resolve, self.memory, options.max_deadline_s)

@@ -15,7 +15,7 @@ from infra.embedded import announce_ready
 from infra.fleet import Fleet, WorkerBeat
 from infra.logs import configure_logs, get_logger
 from infra.machine import available_cpus
-from infra.objects import open_objects
+from infra.objects import connect_objects
 from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import mailbox, make_app
@@ -50,7 +50,7 @@ class Worker:
         options = settings.worker
         self.settings = settings
         self.fleet = Fleet(connect_redis(settings))
-        self.objects = open_objects(settings.objects_address)
+        self.objects = connect_objects(settings)
         self.catalogue = Catalogue(self.objects)
         self.cache = EngineCache(settings.engine_cache_dir, settings.engine_cache_bytes)
         executors = options.executors or available_cpus()
