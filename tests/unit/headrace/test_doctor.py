@@ -93,7 +93,7 @@ def test_a_store_that_overwrites_what_is_there_fails(
         def delete(self, key: str) -> None:
             pass
 
-    monkeypatch.setattr(doctor, "open_objects", lambda _: Overwriting())
+    monkeypatch.setattr(doctor, "connect_objects", lambda _: Overwriting())
 
     assert doctor.object_store(settings).level == "fail"
 
