@@ -70,5 +70,5 @@ def submit(client: Client, payloads: Iterator[bytes], jobs: int) -> None:
 
 
 def _held(client: Client) -> int:
-    beat = client.fleet.dispatcher()
+    beat = next(iter(client.fleet.dispatchers()), None)
     return sum(lane.waiting for lane in beat.waiting.values()) if beat else 0

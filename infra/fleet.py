@@ -14,22 +14,52 @@ from msgspec import Struct
 
 from infra.logs import get_logger
 from infra.redis_client import Redis, as_any, redis_errors
-from schemas.batches import Batch, Completion, decode_batch, decode_completion, encode
+from schemas.batches import (
+    Assignment,
+    Batch,
+    Completion,
+    decode_assignment,
+    decode_batch,
+    decode_completion,
+    encode,
+)
 
 Seat = Literal["any", "live"]
 """Which lanes a slot serves: any, or only those somebody waits on."""
 
 HEARTBEAT_TTL_S = 5
-INBOX_TTL_S = 3600
-INBOX_READ = 256
+REPORT_TTL_S = 3600
+"""How long a report waits for its dispatcher, or for whoever owns its jobs next."""
 
-_DOORBELL = "headrace:doorbell"
+INBOX_READ = 256
+BELL_TTL_S = 60
+
+_ASSIGNMENTS = "headrace:assignments"
+_DISPATCHERS = "headrace:dispatchers"
 
 # At once, so that a Redis emptied in between leaves no batch that seems begun and without a lease.
 _BEGIN = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call('SET', KEYS[2], '1', 'PX', ARGV[1])
 return 1
+"""
+
+# At once, so that a report counts if and only if its lease still stood.
+_REPORT = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('SET', KEYS[2], ARGV[1], 'EX', ARGV[3])
+redis.call('RPUSH', KEYS[3], ARGV[2])
+redis.call('EXPIRE', KEYS[3], ARGV[3])
+redis.call('DEL', KEYS[1], KEYS[4], KEYS[5])
+return 1
+"""
+
+_RING = """
+for _, slot in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+    redis.call('DEL', ARGV[1] .. slot)
+    redis.call('RPUSH', ARGV[1] .. slot, '1')
+    redis.call('EXPIRE', ARGV[1] .. slot, ARGV[2])
+end
 """
 
 logger = get_logger("fleet")
@@ -93,17 +123,20 @@ class DispatcherBeat(Struct, frozen=True, kw_only=True):
 
 
 class Phase(NamedTuple):
-    """leased: the batch's lease is alive. begun: it was being decoded or computed."""
+    """leased: the batch's lease is alive. begun: it was being decoded or computed. reported: its
+    worker is done with it."""
 
     leased: bool
     begun: bool
+    reported: bool = False
 
 
 class Signals(NamedTuple):
-    """What ended a wait; both empty after a ring or at the time limit."""
+    """What ended a wait; nothing of it at the time limit. rung: the log has something new."""
 
     completions: list[Completion]
     token: SlotToken | None
+    rung: bool = False
 
 
 def slots_key(seat: Seat) -> str:
@@ -119,18 +152,15 @@ class Fleet:
     # ── producers ────────────────────────────────────────────────────────────────────────────────
 
     def ring(self) -> None:
-        """Wake the dispatcher: the log has something new."""
+        """Wake the dispatchers: the log has something new."""
         with redis_errors():
-            pipe = self._redis.pipeline(transaction=False)
-            pipe.rpush(_DOORBELL, b"1")
-            pipe.ltrim(_DOORBELL, -1, -1)
-            pipe.execute()
+            self._redis.eval(_RING, 1, _DISPATCHERS, _bell(""), BELL_TTL_S)
 
     # ── dispatcher ───────────────────────────────────────────────────────────────────────────────
 
     def wait(self, slot: int, seats: Sequence[Seat], timeout_s: float) -> Signals:
         """Sleep until there is a completion, a ring, or a slot of these seats, which is then taken."""
-        keys = [_inbox(slot), _DOORBELL, *(slots_key(seat) for seat in seats)]
+        keys = [_inbox(slot), _bell(slot), *(slots_key(seat) for seat in seats)]
         with redis_errors():
             popped = as_any(
                 self._redis.blmpop(timeout_s, len(keys), *keys, direction="LEFT", count=1)
@@ -139,18 +169,39 @@ class Fleet:
                 return Signals([], None)
             key, (value,) = popped
             if key == _inbox(slot).encode():
-                return Signals(_decoded([value]), None)
-            if key == _DOORBELL.encode():
-                return Signals(self.completions(slot), None)
+                return Signals(self._inbox_read(slot, [value]), None)
+            if key == _bell(slot).encode():
+                return Signals(self._inbox_read(slot, []), None, rung=True)
             token = SlotToken.unpack(value.decode())
             alive = self._redis.exists(_worker(token.worker))
             return Signals([], token if alive else None)
 
-    def completions(self, slot: int) -> list[Completion]:
-        """Take what workers reported; at most INBOX_READ at a time."""
+    def reports(self, batch_ids: Sequence[str]) -> list[Completion]:
+        """What was reported of these batches, to whomever. It stays there until it is forgotten."""
+        if not batch_ids:
+            return []
         with redis_errors():
-            raw = as_any(self._redis.lpop(_inbox(slot), INBOX_READ)) or []
-        return _decoded(raw)
+            raw = as_any(self._redis.mget([_report(batch_id) for batch_id in batch_ids]))
+        return _decoded([value for value in raw if value is not None])
+
+    def forget(self, batch_ids: Sequence[str]) -> None:
+        """Drop all that is kept of batches whose every job was answered."""
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.hdel(_ASSIGNMENTS, *batch_ids)
+            pipe.delete(*(_report(batch_id) for batch_id in batch_ids))
+            pipe.execute()
+
+    def assignments(self) -> list[Assignment]:
+        """Of all batches in the fleet that are out, or of which something is still to be settled."""
+        with redis_errors():
+            raw = as_any(self._redis.hgetall(_ASSIGNMENTS))
+        phases = self.phases([batch_id.decode() for batch_id in raw])
+        over = [id_ for id_, phase in zip(raw, phases, strict=True) if not any(phase)]
+        if over:
+            with redis_errors():
+                self._redis.hdel(_ASSIGNMENTS, *over)
+        return [decode_assignment(raw[id_]) for id_ in raw.keys() - set(over)]
 
     def take_slot(self, seats: Sequence[Seat]) -> SlotToken | None:
         """A slot of a living worker, the first seat preferred; None when there is none."""
@@ -162,13 +213,14 @@ class Fleet:
                         return token
         return None
 
-    def lease(self, batch: Batch) -> None:
+    def lease(self, batch: Batch, worker: str) -> None:
         """Put a batch where its worker will fetch it, under a lease that starts now."""
         lease_ms = int(batch.lease_s * 1000)
         with redis_errors():
             pipe = self._redis.pipeline(transaction=False)
             pipe.set(_batch(batch.id), encode(batch), px=2 * lease_ms)
             pipe.set(_lease(batch.id), b"1", px=lease_ms)
+            pipe.hset(_ASSIGNMENTS, batch.id, encode(_assignment(batch, worker)))
             pipe.execute()
 
     def phases(self, batch_ids: Sequence[str]) -> list[Phase]:
@@ -176,15 +228,32 @@ class Fleet:
         if not batch_ids:
             return []
         with redis_errors():
-            keys = [key for id_ in batch_ids for key in (_lease(id_), _phase(id_))]
-            found = as_any(self._redis.mget(keys))
-        return [
-            Phase(found[i] is not None, found[i + 1] is not None) for i in range(0, len(found), 2)
-        ]
+            pipe = self._redis.pipeline(transaction=False)
+            for id_ in batch_ids:
+                for key in (_lease(id_), _phase(id_), _report(id_)):
+                    pipe.exists(key)
+            found = [bool(answer) for answer in as_any(pipe.execute())]
+        return [Phase(*found[i : i + 3]) for i in range(0, len(found), 3)]
 
     def show_dispatcher(self, beat: DispatcherBeat, ttl_s: int = HEARTBEAT_TTL_S) -> None:
+        """A sign of life; from now on rings reach this dispatcher."""
         with redis_errors():
-            self._redis.set(_dispatcher(beat.slot), msgspec.json.encode(beat), ex=ttl_s)
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.set(_dispatcher(beat.slot), msgspec.json.encode(beat), ex=ttl_s)
+            pipe.sadd(_DISPATCHERS, beat.slot)
+            pipe.execute()
+
+    def sign_off_dispatcher(self, slot: int) -> None:
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.delete(_dispatcher(slot))
+            pipe.srem(_DISPATCHERS, slot)
+            pipe.execute()
+
+    def _inbox_read(self, slot: int, popped: list[bytes]) -> list[Completion]:
+        """The reports that the inbox tells of, at most INBOX_READ and what was popped already."""
+        more = as_any(self._redis.lpop(_inbox(slot), INBOX_READ)) or []
+        return self.reports([batch_id.decode() for batch_id in (*popped, *more)])
 
     # ── worker ───────────────────────────────────────────────────────────────────────────────────
 
@@ -217,18 +286,15 @@ class Fleet:
             keys = (_lease(batch.id), _phase(batch.id))
             return bool(as_any(self._redis.eval(_BEGIN, 2, *keys, ttl_ms)))
 
-    def holds(self, batch_id: str) -> bool:
+    def complete(self, batch: Batch, completion: Completion) -> bool:
+        """Report a batch and end its lease. False if the lease was lost: then nobody hears of it."""
+        id_ = batch.id
+        keys = (_lease(id_), _report(id_), _inbox(batch.reply_to), _phase(id_), _batch(id_))
         with redis_errors():
-            return bool(self._redis.exists(_lease(batch_id)))
-
-    def complete(self, batch: Batch, completion: Completion) -> None:
-        """Report a batch, and clear up after it."""
-        with redis_errors():
-            pipe = self._redis.pipeline(transaction=True)
-            pipe.rpush(_inbox(batch.reply_to), encode(completion))
-            pipe.expire(_inbox(batch.reply_to), INBOX_TTL_S)
-            pipe.delete(_lease(batch.id), _phase(batch.id), _batch(batch.id))
-            pipe.execute()
+            reported = self._redis.eval(
+                _REPORT, len(keys), *keys, encode(completion), id_, REPORT_TTL_S
+            )
+        return bool(as_any(reported))
 
     def offer(self, token: SlotToken) -> None:
         """Put a slot up for the taking: a worker's own, or one that a dispatcher found no use for."""
@@ -257,10 +323,12 @@ class Fleet:
             raw = as_any(self._redis.mget(keys)) if keys else []
         return [msgspec.json.decode(value, type=WorkerBeat) for value in raw if value]
 
-    def dispatcher(self, slot: int = 0) -> DispatcherBeat | None:
+    def dispatchers(self) -> list[DispatcherBeat]:
+        """Those that gave a sign of life lately, by slot."""
         with redis_errors():
-            raw = as_any(self._redis.get(_dispatcher(slot)))
-        return msgspec.json.decode(raw, type=DispatcherBeat) if raw else None
+            slots = sorted(int(slot) for slot in as_any(self._redis.smembers(_DISPATCHERS)))
+            raw = as_any(self._redis.mget([_dispatcher(slot) for slot in slots])) if slots else []
+        return [msgspec.json.decode(value, type=DispatcherBeat) for value in raw if value]
 
 
 def _decoded(raw: Sequence[bytes]) -> list[Completion]:
@@ -274,12 +342,30 @@ def _decoded(raw: Sequence[bytes]) -> list[Completion]:
     return completions
 
 
+def _assignment(batch: Batch, worker: str) -> Assignment:
+    return Assignment(
+        batch.id,
+        worker,
+        batch.version,
+        [item.job_id for item in batch.items],
+        [item.attempt for item in batch.items],
+    )
+
+
 def new_batch_id() -> str:
     return secrets.token_hex(12)
 
 
 def _inbox(slot: int) -> str:
     return f"headrace:inbox:{slot}"
+
+
+def _bell(slot: int | str) -> str:
+    return f"headrace:bell:{slot}"
+
+
+def _report(batch_id: str) -> str:
+    return f"headrace:report:{batch_id}"
 
 
 def _batch(batch_id: str) -> str:

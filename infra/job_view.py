@@ -6,13 +6,13 @@ A key per job holds its outcome as the results topic has it; clients are told of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from infra.redis_client import Redis, as_any, redis_errors
 from schemas.results import Outcome, decode_outcome
 
-_MARK = "headrace:view:mark"
+_MARKS = "headrace:view:marks"
 
 _SET_ALL = """
 for i, key in ipairs(KEYS) do redis.call('SET', key, ARGV[i + 1], 'EX', ARGV[1]) end
@@ -27,11 +27,24 @@ class Ended(NamedTuple):
     reply_to: str | None
 
 
-class JobView:
-    """Every method raises Transient (redis_unavailable) when Redis does not answer."""
+# Only while it is there: after a loss of memory the view must not seem complete.
+_MOVE_MARK = """
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+return 1
+"""
 
-    def __init__(self, redis: Redis) -> None:
+
+class JobView:
+    """Every method raises Transient (redis_unavailable) when Redis does not answer.
+
+    writer: the slot of the dispatcher that writes through this. Each has a mark: the time up to which the
+    view holds every outcome of its. A view without marks has lost its memory.
+    """
+
+    def __init__(self, redis: Redis, writer: int = 0) -> None:
         self._redis = redis
+        self.writer = writer
 
     def show(self, outcomes: Sequence[tuple[str, bytes]], ttl_s: int) -> None:
         """Show jobs for ttl_s, over what was shown of them. outcomes: job id and encoded outcome."""
@@ -44,7 +57,7 @@ class JobView:
     def ended(self, jobs: Sequence[Ended], ttl_s: int, complete_to: float | None) -> bool:
         """Show outcomes for ttl_s, tell the clients that wait.
 
-        complete_to: time up to which the view now holds every outcome; None leaves that open.
+        complete_to: moves the writer's mark there; None leaves it.
         Returns False, and does not say so, if the view has lost its memory: rebuild it.
         """
         notices: dict[str, list[str]] = defaultdict(list)
@@ -58,20 +71,33 @@ class JobView:
             for client, job_ids in notices.items():
                 pipe.publish(_channel(client), "\n".join(job_ids))
             if complete_to is not None:
-                pipe.set(_MARK, repr(complete_to), xx=True)
+                pipe.eval(_MOVE_MARK, 1, _MARKS, self.writer, repr(complete_to))
             answers = as_any(pipe.execute())
-        return complete_to is None or answers[-1] is not None
+        return complete_to is None or bool(answers[-1])
 
     def rebuild_from(self, since: float) -> None:
-        """Say that the view holds every outcome up to a time, unless it says so of another time already."""
+        """Set the writer's mark, unless it has one."""
         with redis_errors():
-            self._redis.set(_MARK, repr(since), nx=True)
+            self._redis.hsetnx(_MARKS, str(self.writer), repr(since))
 
-    def complete_to(self) -> float | None:
-        """Time up to which the view holds every outcome; None if it lost its memory."""
+    def marks(self) -> dict[int, float]:
+        """By writer. Empty if the view lost its memory."""
         with redis_errors():
-            raw = as_any(self._redis.get(_MARK))
-        return float(raw) if raw else None
+            marks = as_any(self._redis.hgetall(_MARKS))
+        return {int(writer): float(mark) for writer, mark in marks.items()}
+
+    def move_marks(self, writers: Iterable[int], complete_to: float) -> bool:
+        """Every outcome up to a time is shown, whoever wrote it. False if a mark was gone meanwhile."""
+        with redis_errors():
+            pipe = self._redis.pipeline(transaction=False)
+            for writer in writers:
+                pipe.eval(_MOVE_MARK, 1, _MARKS, writer, repr(complete_to))
+            return all(as_any(pipe.execute()))
+
+    def sign_off(self) -> None:
+        """This writer writes no more, and everything it wrote is shown."""
+        with redis_errors():
+            self._redis.hdel(_MARKS, str(self.writer))
 
     def get(self, job_ids: Sequence[str]) -> list[Outcome | None]:
         """The jobs as the view knows them; None where it knows nothing."""

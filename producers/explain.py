@@ -41,19 +41,22 @@ def _state(outcome: Outcome) -> str:
 
 
 def _fleet(client: Client, outcome: Outcome) -> list[str]:
-    dispatcher = client.fleet.dispatcher()
-    workers = client.fleet.workers()
-    reasons = [_dispatcher(dispatcher)] if dispatcher is None or dispatcher.trouble else []
-    reasons.append(_workers(workers))
-    if dispatcher:
-        reasons += _ahead(dispatcher, outcome)
-    return reasons
+    dispatchers = client.fleet.dispatchers()
+    return [
+        *_trouble(dispatchers),
+        _workers(client.fleet.workers()),
+        *_ahead(dispatchers, outcome),
+    ]
 
 
-def _dispatcher(dispatcher: DispatcherBeat | None) -> str:
-    if dispatcher is None:
-        return "No dispatcher shows a sign of life; `headrace status` says more."
-    return f"The dispatcher is in trouble ({dispatcher.trouble}) and tries again by itself."
+def _trouble(dispatchers: list[DispatcherBeat]) -> list[str]:
+    if not dispatchers:
+        return ["No dispatcher shows a sign of life; `headrace status` says more."]
+    return [
+        f"Dispatcher {beat.slot} is in trouble ({beat.trouble}) and tries again by itself."
+        for beat in dispatchers
+        if beat.trouble
+    ]
 
 
 def _workers(workers: list[WorkerBeat]) -> str:
@@ -65,19 +68,22 @@ def _workers(workers: list[WorkerBeat]) -> str:
     return f"{len(ready)} workers are ready; they hold {busy} batches in {slots} slots."
 
 
-def _ahead(dispatcher: DispatcherBeat, outcome: Outcome) -> list[str]:
-    reasons = [
-        f"Lane {lane}: {shown.waiting} admitted jobs wait for a slot, the oldest since {shown.oldest_s:.1f} s."
-        for lane, shown in sorted(dispatcher.waiting.items())
-    ]
-    if dispatcher.running:
+def _ahead(dispatchers: list[DispatcherBeat], outcome: Outcome) -> list[str]:
+    reasons = []
+    for lane in sorted({lane for beat in dispatchers for lane in beat.waiting}):
+        shown = [beat.waiting[lane] for beat in dispatchers if lane in beat.waiting]
+        waiting, oldest_s = sum(s.waiting for s in shown), max(s.oldest_s for s in shown)
         reasons.append(
-            f"{dispatcher.running_jobs} jobs are running in {dispatcher.running} batches."
+            f"Lane {lane}: {waiting} admitted jobs wait for a slot, the oldest since {oldest_s:.1f} s."
         )
-    if dispatcher.delayed:
-        reasons.append(f"{dispatcher.delayed} jobs wait for the time of their next attempt.")
-    if outcome.version:
-        waiting = dispatcher.models.get(f"{outcome.model}/{outcome.version}", 0)
+    if batches := sum(beat.running for beat in dispatchers):
+        jobs = sum(beat.running_jobs for beat in dispatchers)
+        reasons.append(f"{jobs} jobs are running in {batches} batches.")
+    if delayed := sum(beat.delayed for beat in dispatchers):
+        reasons.append(f"{delayed} jobs wait for the time of their next attempt.")
+    if outcome.version and dispatchers:
+        model = f"{outcome.model}/{outcome.version}"
+        waiting = sum(beat.models.get(model, 0) for beat in dispatchers)
         reasons.append(f"{waiting} of the waiting jobs are for {outcome.model}/{outcome.version}.")
     return reasons
 

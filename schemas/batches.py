@@ -19,7 +19,8 @@ DEADLINE_PASSED = "deadline_passed"
 
 
 class BatchItem(Struct, frozen=True, array_like=True):
-    """One job of a batch: what its worker needs, no more. deadline_at: seconds since the epoch."""
+    """One job of a batch: what its worker needs, no more. deadline_at: seconds since the epoch.
+    attempt: failed attempts before this one."""
 
     job_id: str
     tenant: str
@@ -28,6 +29,7 @@ class BatchItem(Struct, frozen=True, array_like=True):
     submitted_at: float
     deadline_at: float
     trace_id: str | None = None
+    attempt: int = 0
 
 
 class Batch(Struct, frozen=True, array_like=True):
@@ -43,6 +45,17 @@ class Batch(Struct, frozen=True, array_like=True):
     max_run_s: float
     alone: bool
     items: list[BatchItem]
+
+
+class Assignment(Struct, frozen=True, array_like=True):
+    """Which attempts at which jobs a batch is, for a dispatcher that becomes the owner of such a job
+    while the batch is out. job_ids, attempts: in the order of the batch's items."""
+
+    batch_id: str
+    worker: str
+    version: int
+    job_ids: list[str]
+    attempts: list[int]
 
 
 class ItemOutcome(Struct, frozen=True, array_like=True):
@@ -65,5 +78,6 @@ class Completion(Struct, frozen=True, array_like=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
+decode_assignment = msgspec.msgpack.Decoder(Assignment).decode
 decode_batch = msgspec.msgpack.Decoder(Batch).decode
 decode_completion = msgspec.msgpack.Decoder(Completion).decode

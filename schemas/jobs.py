@@ -1,5 +1,5 @@
-"""A job: one submission. On the wire it is a CloudEvent in the Kafka binding's binary mode:
-attributes are headers, the payload is the record's value, untouched.
+"""A job: one submission. On the wire it is a CloudEvent, written in binary mode (attributes are headers,
+the payload is the record's value, untouched) and read in either mode.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
+from schemas.cloudevents import SPEC_VERSION, binary_mode
 from schemas.errors import InvalidJob
+from schemas.fields import END_OF_TIME as END_OF_TIME
+from schemas.fields import Fields, malformed
+from schemas.fields import rfc3339 as rfc3339
 from schemas.payloads import Payload, Ref
 from schemas.topics import JOB_TOPICS, RETRY
 
@@ -31,7 +34,52 @@ PRIORITIES = range(10)
 PARAMS_LIMIT_DEPTH = 32
 DEFAULT_DEADLINE_S = 24 * 3600.0
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-END_OF_TIME = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
+FOREIGN_LIMIT_BYTES = 8 * 1024
+
+REPLAY = "x-replay-id"
+"""Header of a job that was redriven from the dead letters: which redrive that was."""
+
+SIGNATURE = "x-headrace-signature"
+"""Header with the proof of the tenant: schemas/proof.py."""
+
+ATTRIBUTE_HEADERS = frozenset(
+    {
+        "ce_specversion",
+        "ce_type",
+        "ce_id",
+        "ce_time",
+        "ce_tenant",
+        "ce_model",
+        "ce_modelversion",
+        "ce_priority",
+        "ce_idempotencykey",
+        "ce_params",
+        "ce_replyto",
+        "ce_deadline",
+        "ce_traceparent",
+        "ce_dataref",
+        "ce_datasize",
+        "ce_datasha256",
+        "content-type",
+    }
+)
+HISTORY_HEADERS = frozenset({"ce_jobtopic", "ce_attempt", "ce_suspect", "ce_notbefore"})
+"""What only the dispatcher writes, and only to the retry topic."""
+
+DEAD_LETTER_HEADERS = frozenset(
+    {
+        "x-original-topic",
+        "x-original-partition",
+        "x-original-offset",
+        "x-attempt",
+        "x-error",
+        "x-error-message",
+    }
+)
+"""What a dead letter has besides those of the job: where from and why."""
+
+OWN_HEADERS = ATTRIBUTE_HEADERS | HISTORY_HEADERS | DEAD_LETTER_HEADERS | {REPLAY, SIGNATURE}
+"""Every header that means something here. Of others, the job carries what it came with."""
 
 
 class Job(Struct, frozen=True, kw_only=True):
@@ -40,7 +88,9 @@ class Job(Struct, frozen=True, kw_only=True):
     topic: where it was first appended, which fixes modality and lane. version: None until it is pinned.
     priority: 0 to 9, higher first, within its lane. key: the caller's idempotency key.
     reply_to: the client to notify. attempt: failed attempts so far. suspect: was being run when a
-    worker died. not_before, submitted_at, deadline_at: seconds since the epoch.
+    worker died. not_before, submitted_at, deadline_at: seconds since the epoch. replay: which redrive
+    of a dead letter this is. signature: proof of the tenant, not checked yet. foreign: the headers that
+    mean nothing here, in binary mode's spelling; retries and dead letters keep them.
     """
 
     id: str
@@ -59,6 +109,9 @@ class Job(Struct, frozen=True, kw_only=True):
     attempt: int = 0
     suspect: bool = False
     not_before: float = 0.0
+    replay: str | None = None
+    signature: str | None = None
+    foreign: dict[str, str] = {}
 
     @property
     def trace_id(self) -> str | None:
@@ -101,9 +154,10 @@ def new_traceparent() -> str:
 def job_headers(job: Job) -> dict[str, str]:
     """The record's headers; the record's value is `job_value(job)`."""
     headers = {
-        "ce_specversion": "1.0",
+        "ce_source": _source(job.tenant),
+        **job.foreign,
+        "ce_specversion": SPEC_VERSION,
         "ce_type": JOB_TYPE,
-        "ce_source": f"/tenants/{job.tenant}",
         "ce_id": job.id,
         "ce_time": rfc3339(job.submitted_at),
         "content-type": job.payload.content_type,
@@ -129,6 +183,10 @@ def job_headers(job: Job) -> dict[str, str]:
             "ce_datasize": str(ref.size_bytes),
             "ce_datasha256": ref.sha256,
         }
+    if job.replay:
+        headers[REPLAY] = job.replay
+    if job.signature:
+        headers[SIGNATURE] = job.signature
     return headers
 
 
@@ -146,14 +204,43 @@ def job_value(job: Job) -> bytes:
     return job.payload.data or b""
 
 
-def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: float) -> Job:
-    """The job of a record. Unknown headers are ignored; times that are missing count from appended_at.
+def cancel_headers(tenant: str, job_id: str) -> dict[str, str]:
+    """Headers of a cancel request on `control`; its key is the job id, its value is empty."""
+    return {
+        "ce_specversion": SPEC_VERSION,
+        "ce_type": CANCEL_TYPE,
+        "ce_source": _source(tenant),
+        "ce_id": new_job_id(tenant),
+        "ce_time": rfc3339(time.time()),
+        "ce_subject": job_id,
+    }
 
-    Raises InvalidJob (record_malformed) naming the header, what was expected and what came.
+
+def read_cancel(key: str, headers: Mapping[str, str], value: bytes) -> str | None:
+    """The id of the job that a record on `control` cancels; None for an event of another kind.
+
+    Raises InvalidJob (record_malformed) for what is no event, or a cancel request of another version.
     """
-    field = _Fields(headers)
-    if (kind := field.text("ce_type")) != JOB_TYPE:
-        raise _malformed("ce_type", JOB_TYPE, kind)
+    headers, _ = binary_mode(headers, value)
+    field = Fields(headers)
+    if field.text("ce_type").rpartition(".")[0] != CANCEL_TYPE.rpartition(".")[0]:
+        field.event(headers["ce_type"])
+        return None
+    field.event(CANCEL_TYPE)
+    if not JOB_ID.fullmatch(key):
+        raise InvalidJob("record_malformed", f"Key: expected a job id, came {key[:80]!r}.")
+    return key
+
+
+def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: float) -> Job:
+    """The job of a record in binary or structured mode; times that are missing count from appended_at.
+
+    Raises InvalidJob (record_malformed) naming the header, what was expected and what came. Attributes
+    of a structured event are named as the headers they would be.
+    """
+    headers, value = binary_mode(headers, value)
+    field = Fields(headers)
+    field.event(JOB_TYPE)
     tenant = field.text("ce_tenant", TENANT)
     key = field.text("ce_idempotencykey", SHORT) if "ce_idempotencykey" in headers else None
     submitted_at = field.when("ce_time", appended_at)
@@ -171,14 +258,17 @@ def read_job(topic: str, headers: Mapping[str, str], value: bytes, appended_at: 
         params=_params(headers.get("ce_params")),
         reply_to=field.text("ce_replyto", SHORT) if "ce_replyto" in headers else None,
         traceparent=_traceparent(headers.get("ce_traceparent")),
+        replay=field.text(REPLAY, SHORT) if REPLAY in headers else None,
+        signature=field.text(SIGNATURE, SHORT) if SIGNATURE in headers else None,
+        foreign=_foreign(headers, tenant),
     )
     return _with_history(job, field) if topic == RETRY else job
 
 
-def _with_history(job: Job, field: _Fields) -> Job:
+def _with_history(job: Job, field: Fields) -> Job:
     """What only the dispatcher writes, and only to its own topic."""
     if (topic := field.headers.get("ce_jobtopic")) not in JOB_TOPICS:
-        raise _malformed("ce_jobtopic", "a jobs topic", topic)
+        raise malformed("ce_jobtopic", "a jobs topic", topic)
     return msgspec.structs.replace(
         job,
         topic=topic,
@@ -209,46 +299,7 @@ def plain_params(params: Any) -> dict[str, Any]:
     )
 
 
-def rfc3339(when: float) -> str:
-    return datetime.fromtimestamp(when, UTC).isoformat(timespec="microseconds")
-
-
-class _Fields:
-    """Typed reading of headers."""
-
-    def __init__(self, headers: Mapping[str, str]) -> None:
-        self.headers = headers
-
-    def text(self, name: str, pattern: re.Pattern[str] | None = None) -> str:
-        value = self.headers.get(name)
-        if not value or (pattern and not pattern.fullmatch(value)):
-            expected = f"text matching {pattern.pattern}" if pattern else "a text"
-            raise _malformed(name, expected, value)
-        return value
-
-    def number(self, name: str, default: int | None) -> int | None:
-        value = self.headers.get(name)
-        if value is None:
-            return default
-        if not value.isascii() or not value.isdigit() or len(value) > 15:
-            raise _malformed(name, "a whole number", value)
-        return int(value)
-
-    def when(self, name: str, default: float) -> float:
-        value = self.headers.get(name)
-        if value is None:
-            return default
-        try:
-            moment = datetime.fromisoformat(value)
-            when = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError):
-            raise _malformed(name, "an RFC 3339 time", value) from None
-        if not 0 <= when < END_OF_TIME:
-            raise _malformed(name, "a time between 1970 and 9999", value)
-        return when
-
-
-def _payload(field: _Fields, value: bytes) -> Payload:
+def _payload(field: Fields, value: bytes) -> Payload:
     content_type = field.headers.get("content-type") or "application/octet-stream"
     if "ce_dataref" not in field.headers:
         return Payload(content_type, data=value)
@@ -260,18 +311,37 @@ def _payload(field: _Fields, value: bytes) -> Payload:
     return Payload(content_type, ref=ref)
 
 
+def _source(tenant: str) -> str:
+    return f"/tenants/{tenant}"
+
+
+def _foreign(headers: Mapping[str, str], tenant: str) -> dict[str, str]:
+    """What is kept of a producer's own headers, its event's source among them."""
+    foreign = {name: text for name, text in headers.items() if name not in OWN_HEADERS}
+    if foreign.get("ce_source") in ("", _source(tenant)):
+        del foreign["ce_source"]
+    size = sum(len(name.encode()) + len(text.encode()) for name, text in foreign.items())
+    if size > FOREIGN_LIMIT_BYTES:
+        raise InvalidJob(
+            "record_malformed",
+            f"Headers that headrace does not know: expected at most {FOREIGN_LIMIT_BYTES} bytes of "
+            f"names and values, came {size}: send less beside the payload.",
+        )
+    return foreign
+
+
 def _params(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     if len(text) > PARAMS_LIMIT_BYTES:
-        raise _malformed("ce_params", f"at most {PARAMS_LIMIT_BYTES} bytes", f"{len(text)} bytes")
+        raise malformed("ce_params", f"at most {PARAMS_LIMIT_BYTES} bytes", f"{len(text)} bytes")
     try:
         params = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
-        raise _malformed("ce_params", "a JSON object", text) from None
+        raise malformed("ce_params", "a JSON object", text) from None
     if not _is_plain(params, PARAMS_LIMIT_DEPTH):
         expected = f"at most {PARAMS_LIMIT_DEPTH} levels, and whole numbers of at most 64 bits"
-        raise _malformed("ce_params", expected, text)
+        raise malformed("ce_params", expected, text)
     return params
 
 
@@ -288,8 +358,3 @@ def _is_plain(value: Any, depth: int) -> bool:
 def _traceparent(text: str | None) -> str | None:
     """A bad one costs the trace, not the job."""
     return text if text and TRACEPARENT.fullmatch(text) else None
-
-
-def _malformed(name: str, expected: str, came: str | None) -> InvalidJob:
-    shown = "nothing" if came is None else repr(came[:80])
-    return InvalidJob("record_malformed", f"Header {name}: expected {expected}, came {shown}.")

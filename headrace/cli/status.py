@@ -58,7 +58,7 @@ class Status(Struct, frozen=True):
     stack: StackState
     children: list[ChildStatus]
     topics: dict[str, TopicStatus] | None
-    dispatcher: DispatcherBeat | None
+    dispatchers: list[DispatcherBeat]
     workers: list[WorkerBeat]
     models: int | None
     trouble: list[str]
@@ -106,7 +106,7 @@ def look(settings: Settings, stack: StackState) -> Status:
         stack=stack,
         children=_children(settings, stack),
         topics=asked(lambda: _topics(settings)),
-        dispatcher=asked(lambda: fleet.dispatcher(settings.dispatcher.slot)),
+        dispatchers=asked(fleet.dispatchers) or [],
         workers=asked(fleet.workers) or [],
         models=asked(lambda: len(Catalogue(connect_objects(settings)).cards())),
         trouble=trouble,
@@ -199,15 +199,15 @@ def _show_jobs(found: Status) -> None:
         if topic.open:
             age = _duration(topic.oldest_age_s)
             output.print(f"{name}: {topic.open} open, the oldest for {age}")
-    if beat := found.dispatcher:
+    for beat in found.dispatchers:
         waiting = sum(lane.waiting for lane in beat.waiting.values())
         ended = ", ".join(f"{count} {outcome}" for outcome, count in beat.ended.items())
         output.print(
-            f"jobs: {waiting} waiting, {beat.delayed} delayed, {beat.running_jobs} running in "
-            f"{beat.running} batches; ended since the dispatcher's start: {ended or 'none'}"
+            f"dispatcher {beat.slot}: {waiting} jobs waiting, {beat.delayed} delayed, {beat.running_jobs} running in "
+            f"{beat.running} batches; ended since its start: {ended or 'none'}"
         )
         if beat.trouble:
-            console.print(f"The dispatcher is in trouble: {beat.trouble}", style="yellow")
+            console.print(f"Dispatcher {beat.slot} is in trouble: {beat.trouble}", style="yellow")
     for worker in found.workers:
         engines = ", ".join(worker.engines) or "no engine"
         output.print(f"{worker.worker}: {worker.jobs_done} jobs done, holds {engines}")

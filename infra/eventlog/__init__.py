@@ -73,11 +73,25 @@ class Consumer(Protocol):
     def lost(self) -> list[Position]:
         """Received positions that changed owner since the last call: forget them."""
 
+    def gained(self) -> bool:
+        """Whether this member became the owner of something since the last call: records of earlier owners
+        may come, and what those wrote can be read. True at first. Asked after `receive`, and before
+        what it gave is used."""
+
     def lag(self) -> dict[str, Lag]:
         """Per subscribed topic, what this group has not completed."""
 
     def rewind(self, since: float) -> None:
         """Give again everything of this member's appended at or after this time, completed or not (replay)."""
+
+    def close(self) -> None: ...
+
+
+class Follower(Protocol):
+    """Reads topics on and on, by no group: every follower is given everything. Owned by one thread."""
+
+    def receive(self) -> list[Record]:
+        """What came since the last call, as far as it can be had without waiting."""
 
     def close(self) -> None: ...
 
@@ -92,6 +106,9 @@ class EventLog(Protocol):
 
     def read(self, topics: Sequence[str], since: float) -> Iterator[Record]:
         """Every record of these topics appended at or after a time, up to now, by no group. Oldest first per topic."""
+
+    def follow(self, topics: Sequence[str], since: float) -> Follower:
+        """From the first records appended at or after a time, for as long as the follower lives."""
 
     def lag(self, group: str, topics: Sequence[str]) -> dict[str, Lag]:
         """Lag of a group as seen from outside it."""

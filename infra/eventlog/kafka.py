@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlsplit
 from infra.eventlog import Lag, NewRecord, Record
 from infra.eventlog.kafka_cluster import Cluster, check_declared
 from infra.eventlog.kafka_consumer import KafkaMember
-from infra.eventlog.kafka_offsets import lag_of, replay, trim
+from infra.eventlog.kafka_offsets import KafkaFollower, lag_of, replay, trim
 from infra.eventlog.kafka_producers import Appender
 from infra.eventlog.kafka_records import encode
 from infra.settings import KafkaSettings
@@ -59,6 +59,9 @@ class KafkaLog:
 
     def read(self, topics: Sequence[str], since: float) -> Iterator[Record]:
         return replay(self._cluster, topics, since)
+
+    def follow(self, topics: Sequence[str], since: float) -> KafkaFollower:
+        return KafkaFollower(self._cluster, topics, since)
 
     def lag(self, group: str, topics: Sequence[str]) -> dict[str, Lag]:
         return lag_of(self._cluster, group, topics)

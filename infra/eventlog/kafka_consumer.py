@@ -69,6 +69,7 @@ class KafkaMember:
         self._owned: dict[TopicPartition, Partition] = {}
         self._paused: set[str] = set()
         self._lost: list[Position] = []
+        self._gained = False
         self._turns = itertools.count(1)
         self._fenced: Fenced | None = None
         # In this order: once the slot's transactions are ours, no earlier owner can change what we read.
@@ -131,6 +132,10 @@ class KafkaMember:
     def lost(self) -> list[Position]:
         lost, self._lost = self._lost, []
         return lost
+
+    def gained(self) -> bool:
+        gained, self._gained = self._gained, False
+        return gained
 
     def lag(self) -> dict[str, Lag]:
         return self._lags(self._group, self._topics)
@@ -327,6 +332,7 @@ class KafkaMember:
             self._consumer.seek(name, tracker.end)
         # Kept for the transactions: what the client says between two deals would be taken for the next one.
         self._membership = member
+        self._gained = self._gained or bool(restored)
         return set(restored)
 
     def _restore(self, partitions: set[TopicPartition]) -> dict[TopicPartition, Tracker]:

@@ -41,6 +41,33 @@ def replay(cluster: Cluster, topics: Sequence[str], since: float) -> Iterator[Re
     return _read(cluster, [by_topic[topic] for topic in topics], starts, ends, since)
 
 
+class KafkaFollower:
+    """Of every partition, from a time on. A partition with nothing since then is followed from its end."""
+
+    def __init__(self, cluster: Cluster, topics: Sequence[str], since: float) -> None:
+        every = _all(cluster.partitions(topics).values())
+        self._cluster = cluster
+        with kafka_trouble(), closing(cluster.admin()) as admin:
+            ends = _offsets(admin, dict.fromkeys(every, OffsetSpec.LATEST))
+            starts = _offsets(admin, dict.fromkeys(every, timestamp(since)))
+        self._consumer = cluster.consumer()
+        self._consumer.assign(every)
+        for partition, start in starts.items():
+            self._consumer.seek(partition, ends[partition] if start < 0 else start)
+
+    def receive(self) -> list[Record]:
+        with kafka_trouble():
+            found = self._consumer.poll(timeout_ms=0)
+        return [
+            decode(self._cluster.topic(partition.topic), record)
+            for partition, records in found.items()
+            for record in records
+        ]
+
+    def close(self) -> None:
+        self._consumer.close(timeout_ms=1000)
+
+
 def first_since(cluster: Cluster, partitions: Sequence[TopicPartition], since: float) -> Offsets:
     """The lowest offset appended at or after a time; partitions without one are left out."""
     with kafka_trouble(), closing(cluster.admin()) as admin:

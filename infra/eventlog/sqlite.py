@@ -31,6 +31,41 @@ TRIM_RECORDS = 1000
 """What is deleted in one transaction, so that appends get their turn."""
 
 
+class SqliteFollower:
+    """Looks only when somebody has written since the last time."""
+
+    def __init__(self, file: SqliteFile, topics: Sequence[str], since: float) -> None:
+        for topic in topics:
+            table(topic)
+        self._file = file
+        self._seen_version = -1
+        self._connection = file.connect()
+        with file.errors():
+            ends = heads(file, self._connection)
+            starts = {topic: first_since(file, self._connection, topic, since) for topic in topics}
+        self._next = {topic: starts[topic] or ends.get(topic, 0) + 1 for topic in topics}
+
+    def receive(self) -> list[Record]:
+        found: list[Record] = []
+        with self._file.errors():
+            (version,) = self._file.query(self._connection, "PRAGMA data_version").fetchone()
+            if version == self._seen_version:
+                return found
+            for topic, start in self._next.items():
+                with closing(
+                    select(self._file, self._connection, topic, start, CHUNK_RECORDS)
+                ) as records:
+                    found += records
+            if len(found) < CHUNK_RECORDS:
+                self._seen_version = version
+        for record in found:
+            self._next[record.position.topic] = record.position.offset + 1
+        return found
+
+    def close(self) -> None:
+        self._connection.close()
+
+
 class SqliteLog:
     """May be used from several threads; each consumer from one."""
 
@@ -58,6 +93,9 @@ class SqliteLog:
         with self._connection() as connection:
             ends = heads(self._file, connection)
         return self._replay([(topic, ends.get(topic, 0)) for topic in topics], since)
+
+    def follow(self, topics: Sequence[str], since: float) -> SqliteFollower:
+        return SqliteFollower(self._file, topics, since)
 
     def lag(self, group: str, topics: Sequence[str]) -> dict[str, Lag]:
         with self._connection() as connection, self._file.snapshot(connection):

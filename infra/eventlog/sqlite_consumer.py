@@ -86,6 +86,7 @@ class SqliteConsumer:
         self._lags = lags
         self._ring = ring
         self._lost: list[Position] = []
+        self._gained = True
         self._seen_version = -1
         self._connection = file.connect(for_outcomes=True)
         try:
@@ -129,6 +130,10 @@ class SqliteConsumer:
     def lost(self) -> list[Position]:
         lost, self._lost = self._lost, []
         return lost
+
+    def gained(self) -> bool:
+        gained, self._gained = self._gained, False
+        return gained
 
     def lag(self) -> dict[str, Lag]:
         return self._lags(self._group, list(self._subscriptions))

@@ -116,7 +116,7 @@ def test_status_tells_what_runs(stack: Stack, client: Client) -> None:
         "redis", "dispatcher", "worker-0",
     }  # fmt: skip
     assert found["workers"][0]["jobs_done"] > 0
-    assert found["dispatcher"]["ended"]["succeeded"] > 0
+    assert found["dispatchers"][0]["ended"]["succeeded"] > 0
     assert found["models"] >= 8
     assert "worker-0" in stack.headrace("status").stdout
 

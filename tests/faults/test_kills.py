@@ -111,7 +111,7 @@ def in_one_batch(stack: Stack, client: Client, model: str, payloads: list[bytes]
         ids = [job.id for job in client.submit_many(model, payloads)]
 
         def waiting() -> int:
-            beat = client.fleet.dispatcher()
+            beat = next(iter(client.fleet.dispatchers()), None)
             return beat.models.get(f"{model}/1", 0) if beat else 0
 
         stack.until(lambda: waiting() == len(payloads))
@@ -271,7 +271,7 @@ def test_a_full_disk_refuses_new_jobs_and_loses_none_that_it_took(
 
 
 def trouble(client: Client) -> str | None:
-    beat = client.fleet.dispatcher()
+    beat = next(iter(client.fleet.dispatchers()), None)
     return beat.trouble if beat else None
 
 

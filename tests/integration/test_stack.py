@@ -341,7 +341,7 @@ def test_the_whole_stack_up_looked_at_and_down_by_the_command_line(data: Path) -
         names = [child["state"]["name"] for child in found["children"]]
         assert names == ["redis", "dispatcher", "worker-0"]
         assert found["topics"]["jobs.image.standard"] == {"open": 0, "oldest_age_s": 0}
-        assert found["dispatcher"]["running_jobs"] == 0
+        assert found["dispatchers"][0]["running_jobs"] == 0
         assert "worker-0" in headrace(data, "status")[0]
         checks = {
             check["check"]: check for check in json.loads(headrace(data, "doctor", "--json")[0])

@@ -11,7 +11,8 @@ from schemas.admission import check_deadline, check_limits
 from schemas.errors import InvalidJob, PipelineError, Transient
 from schemas.jobs import Job
 from schemas.models import ModelCard
-from workers.dispatcher.memory import NO_KEY, JobMemory
+from schemas.proof import TenantKeys, check_proof
+from workers.dispatcher.memory import JobMemory, fingerprint_of
 
 Resolve = Callable[[str, int | None], ModelCard]
 """Finds the version of a model to run. Raises InvalidJob (model_unknown, version_unknown)."""
@@ -30,14 +31,29 @@ class Admission(NamedTuple):
 
 
 class Admitter:
-    def __init__(self, resolve: Resolve, memory: JobMemory, max_deadline_s: float) -> None:
+    """keys: of the tenants that must sign their jobs; None: whoever may write to a jobs topic is believed."""
+
+    def __init__(
+        self,
+        resolve: Resolve,
+        memory: JobMemory,
+        max_deadline_s: float,
+        keys: TenantKeys | None = None,
+    ) -> None:
         self._resolve = resolve
         self._memory = memory
         self._max_deadline_s = max_deadline_s
+        self._keys = keys
 
-    def admit(self, job: Job, now: float) -> Admission:
-        """now: seconds since the epoch. Raises Transient when the model cannot be looked up now."""
-        known_as = self._memory.known_as(job.id, now)
+    def admit(self, job: Job, now: float, *, returned: bool = False) -> Admission:
+        """now: seconds since the epoch. returned: from the retry topic, where a job is once only.
+
+        Raises Transient when the model cannot be looked up now, and InvalidJob (tenant_unproven) for a
+        job that must not have an outcome, because it may bear the name of another's.
+        """
+        if self._keys is not None and not returned:
+            check_proof(job, self._keys)
+        known_as = None if returned else self._memory.known_as(job, now)
         if known_as is not None:
             return _again(job, known_as)
         if self._memory.is_cancelled(job.id):
@@ -59,7 +75,7 @@ class Admitter:
 
 
 def _again(job: Job, known_as: str) -> Admission:
-    if known_as == (job.fingerprint if job.key is not None else NO_KEY):
+    if known_as == fingerprint_of(job):
         return Admission("duplicate", job)
     return Admission(
         "conflict",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import heapq
 import itertools
 
-from infra.eventlog import Consumer, Record
+import msgspec
+
+from infra.eventlog import Consumer, Follower, Record
 from infra.logs import get_logger
 from schemas.errors import InvalidJob, Transient
 from schemas.jobs import CANCEL_TYPE, read_job
 from schemas.topics import CONTROL, JOB_TOPICS, RETRY, lane_of
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
+from workers.dispatcher.leases import Leases
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes
+from workers.dispatcher.ownership import Ownership
 
 TOPICS = (*JOB_TOPICS, RETRY, CONTROL)
 BULK_TOPICS = [topic for topic in JOB_TOPICS if lane_of(topic) == "bulk"]
@@ -23,21 +27,28 @@ logger = get_logger("dispatcher")
 
 
 class Intake:
-    """window_bytes: most bytes of inline payloads in memory at once."""
+    """control: every record of the control topic, whoever owns it: a job and the request to cancel it may
+    have different owners. window_bytes: most bytes of inline payloads in memory at once."""
 
     def __init__(
         self,
         consumer: Consumer,
+        control: Follower,
+        ownership: Ownership,
         admitter: Admitter,
         memory: JobMemory,
         batcher: Batcher,
+        leases: Leases,
         outcomes: Outcomes,
         window_bytes: int,
     ) -> None:
         self._consumer = consumer
+        self._control = control
+        self._ownership = ownership
         self._admitter = admitter
         self._memory = memory
         self._batcher = batcher
+        self._leases = leases
         self._outcomes = outcomes
         self._window_bytes = window_bytes
         self._delayed: dict[str, OpenJob] = {}
@@ -46,16 +57,21 @@ class Intake:
         self._bulk_paused = False
         self._records: list[Record] = []
 
-    def receive(self, now: float) -> None:
-        """Take in what there is room for.
+    def receive(self, now: float) -> int:
+        """Take in what there is room for; returns how many records that were.
 
-        Raises Transient when a model cannot be looked up now; its records wait here, and no more are
-        asked for until they went through. All others were taken in.
+        Raises Transient when a model cannot be looked up now, or what earlier owners did: records wait here,
+        and no more are asked for until they went through. All others were taken in.
         """
+        self._hear_control(now)
         self._hold_back_bulk()
         room = self._window_bytes - self._memory.held_bytes
         if room > 0 and not self._records:
-            self._records = self._consumer.receive(RECEIVE_MOST, room)
+            try:
+                self._records = self._consumer.receive(RECEIVE_MOST, room)
+            finally:
+                self.drop_lost()
+        self._ownership.take_over()
         records, self._records = self._records, []
         trouble: Transient | None = None
         for record in records:
@@ -69,6 +85,14 @@ class Intake:
                 self._outcomes.reject(record, error)
         if trouble:
             raise trouble
+        return len(records)
+
+    def drop_lost(self) -> None:
+        """Let go of everything that is another dispatcher's now."""
+        lost = self._ownership.drop_lost()
+        if lost:
+            self._records = [record for record in self._records if record.position not in lost]
+            self._delayed = {id_: job for id_, job in self._delayed.items() if job.at not in lost}
 
     def wake(self, now: float) -> None:
         """Let go on what had to wait for its time."""
@@ -105,12 +129,13 @@ class Intake:
 
     def _take(self, record: Record, now: float) -> None:
         if record.position.topic == CONTROL:
-            self._cancel(record, now)
+            self._outcomes.skip(record.position)
             return
         job = read_job(record.position.topic, record.headers, record.value, record.time)
-        if record.position.topic == RETRY:
-            self._memory.returned(job.id)
-        admission = self._admitter.admit(job, now)
+        if lease := self._leases.vacancy(job):
+            job = msgspec.structs.replace(job, version=lease.version)
+        returned = record.position.topic == RETRY
+        admission = self._admitter.admit(job, now, returned=returned)
         job, at = admission.job, record.position
         match admission.verdict:
             case "run":
@@ -130,17 +155,21 @@ class Intake:
 
     def _hold(self, job: OpenJob, now: float) -> None:
         self._memory.hold(job)
-        if job.job.not_before > now:
+        if self._leases.vacancy(job.job):
+            self._leases.occupy(job)
+        elif job.job.not_before > now:
             wake_at = min(job.job.not_before, job.job.deadline_at)
             self._delayed[job.job.id] = job
             heapq.heappush(self._wake_at, (wake_at, job.order, job))
         else:
             self._batcher.add([job])
 
-    def _cancel(self, record: Record, now: float) -> None:
-        self._outcomes.skip(record.position)
-        if record.headers.get("ce_type") != CANCEL_TYPE:
-            return
-        self._memory.cancel(record.key)
-        if job := self._batcher.remove(record.key) or self._delayed.pop(record.key, None):
+    def _hear_control(self, now: float) -> None:
+        for record in self._control.receive():
+            if record.headers.get("ce_type") == CANCEL_TYPE:
+                self._cancel(record.key, now)
+
+    def _cancel(self, job_id: str, now: float) -> None:
+        self._memory.cancel(job_id)
+        if job := self._batcher.remove(job_id) or self._delayed.pop(job_id, None):
             self._outcomes.end(job.job, job.at, "cancelled", now)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from infra.eventlog import Moved
 from infra.fleet import Fleet, Seat, SlotToken, new_batch_id
 from infra.logs import get_logger
 from infra.tasks import Mailboxes
@@ -24,8 +25,13 @@ from workers.dispatcher.outcomes import Outcomes
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewWriter
 
-IDLE_S = 0.25
+IDLE_S = 0.05
+"""How long a record of a producer that rings no bell may lie unseen."""
+
 UNRIPE_S = 0.005
+RUNG_S = 0.1
+"""How long to look closely after a ring: on some logs a record is there a little later."""
+
 TIDY_EVERY_S = 0.25
 GRACE_S = 3.0
 SHOW_RUNNING_AFTER_S = 0.2
@@ -65,13 +71,14 @@ class Dispatcher:
         self._slot: SlotToken | None = None
         self._tidy_at = 0.0
         self._losses = 0
+        self._expected_until = 0.0
 
     def step(self, *, draining: bool = False) -> None:
         """Wait for something to do, do it, commit it. Draining: finish what is out, take nothing new.
 
         Raises Transient when the log or Redis does not answer: call again a little later, nothing is lost.
         """
-        self.outcomes.commit(self.wall())
+        self._commit()
         try:
             self._listen(draining)
             self._act(draining)
@@ -82,6 +89,14 @@ class Dispatcher:
             raise
         finally:
             self._return_slot()
+            self._commit()
+
+    def _commit(self) -> None:
+        """Write what was decided, but what is another dispatcher's to decide by now."""
+        try:
+            self.outcomes.commit(self.wall())
+        except Moved:
+            self.intake.drop_lost()
             self.outcomes.commit(self.wall())
 
     def _listen(self, draining: bool) -> None:
@@ -91,19 +106,22 @@ class Dispatcher:
         patience_s = IDLE_S if draining else self._patience_s(now, bool(seats))
         signals = self.fleet.wait(self.slot, seats, patience_s)
         self._slot = signals.token or self._slot
+        if signals.rung:
+            self._expected_until = self.monotonic() + RUNG_S
         self.settlement.settle(signals.completions, self.wall())
 
     def _act(self, draining: bool) -> None:
         if draining:
             return
         try:
-            self.intake.receive(self.wall())
+            if self.intake.receive(self.wall()):
+                self._expected_until = 0.0
         finally:
             # Whatever kept records from coming in, jobs in hand go on.
             self._dispatch(self.wall())
 
     def _patience_s(self, now: float, ready: bool) -> float:
-        if len(self.batcher) and not ready:
+        if (len(self.batcher) and not ready) or self.monotonic() < self._expected_until:
             return UNRIPE_S
         if (wake_at := self.intake.next_wake()) is not None:
             return min(IDLE_S, max(0.001, wake_at - now))
@@ -139,7 +157,7 @@ class Dispatcher:
         so its jobs wait for the lease to end before they go again."""
         batch = self._batch(jobs)
         try:
-            self.fleet.lease(batch)
+            self.fleet.lease(batch, token.worker)
         except Transient:
             self.batcher.add(jobs)
             raise
@@ -177,25 +195,33 @@ class Dispatcher:
             self.leases.all_due()
         self._check_leases(now)
         self._show_running()
+        self.leases.drop_vacant(self.monotonic())
+        self.forget_settled()
+
+    def forget_settled(self) -> None:
+        """Clear up after batches whose every outcome is written. What cannot be cleared now ends by its TTL."""
+        if batch_ids := self.settlement.settled():
+            self.fleet.forget(batch_ids)
 
     def _show_running(self) -> None:
         """Only what runs for a while is shown as running: most jobs end before anybody could look."""
         for lease in self.leases.unshown(self.monotonic() - SHOW_RUNNING_AFTER_S):
-            self.view_writer.running([job.job for job in lease.jobs])
+            self.view_writer.running([job.job for job in lease.held])
             lease.shown = True
 
     def _check_leases(self, now: float) -> None:
         due = self.leases.due(self.monotonic())
         phases = self.fleet.phases([lease.batch_id for lease in due])
-        if not all(phase.leased for phase in phases):
-            # A worker ends its lease as it reports: what was reported meanwhile is no loss.
-            while completions := self.fleet.completions(self.slot):
-                self.settlement.settle(completions, now)
-        for lease, phase in zip(due, phases, strict=True):
+        standing = list(zip(due, phases, strict=True))
+        reported = [lease.batch_id for lease, phase in standing if phase.reported]
+        self.settlement.settle(self.fleet.reports(reported), now)
+        for lease, phase in standing:
+            if not lease.held:
+                continue  # settled
             if phase.leased:
                 self.leases.renewed(lease.batch_id, self.monotonic())
-            elif self.leases.holds(lease.batch_id):
-                self.settlement.lost(lease, begun=phase.begun, now=now)
+            else:
+                self.settlement.lost(lease, begun=phase.begun or phase.reported, now=now)
 
 
 def _item(job: Job) -> BatchItem:
@@ -207,4 +233,5 @@ def _item(job: Job) -> BatchItem:
         job.submitted_at,
         job.deadline_at,
         job.trace_id,
+        job.attempt,
     )

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 from infra.catalogue import Catalogue
@@ -21,7 +22,7 @@ from infra.settings import Settings, load_settings
 from infra.tasks import Mailboxes, make_app
 from schemas.errors import Transient
 from schemas.jobs import CANCEL_TYPE
-from schemas.topics import CONTROL, KEYS, TOPIC_BY_NAME
+from schemas.topics import CONTROL, TOPIC_BY_NAME
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
 from workers.dispatcher.fairness import LaneClock
@@ -31,13 +32,16 @@ from workers.dispatcher.leases import Leases
 from workers.dispatcher.loop import Dispatcher
 from workers.dispatcher.memory import JobMemory
 from workers.dispatcher.outcomes import Outcomes, RetryPolicy
+from workers.dispatcher.ownership import MARGIN_S, Ownership
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewTtl, ViewWriter
 
 GROUP = "dispatcher"
 BEAT_EVERY_S = 1.0
 TROUBLE_PAUSE_S = 0.2
-DRAIN_S = 10.0
+DRAIN_S = 1.0
+"""What is out for longer is adopted by this slot's next process, or by whoever gets its records."""
+
 EXIT_FENCED = 75
 
 logger = get_logger("dispatcher")
@@ -72,17 +76,18 @@ class Process:
         self.log = log
         self.fleet = Fleet(redis)
         self.memory = JobMemory(options.dedupe_window_s, options.dedupe_jobs)
-        # Joining fences the dispatcher before this one; only then is what it wrote complete.
+        recall_cancels(self.memory, log)
+        self.control = log.follow([CONTROL], time.time() - MARGIN_S)
+        # Joining fences the dispatcher before this one in its slot; only then is what it wrote complete.
         self.consumer = log.consumer(GROUP, TOPICS, window=options.window)
-        recall(self.memory, log, options.dedupe_window_s)
         self.batcher = Batcher(LaneClock(), options.batch_bytes)
         self.leases = Leases(options.lease_s)
-        view = JobView(redis)
-        view_writer = ViewWriter(view, log, ViewTtl(settings.view_ttl_s, settings.view_jobs))
+        view = JobView(redis, options.slot)
+        self.view_writer = ViewWriter(view, log, ViewTtl(settings.view_ttl_s, settings.view_jobs))
         self.outcomes = Outcomes(
             self.consumer,
             self.memory,
-            view_writer,
+            self.view_writer,
             RetryPolicy(options.retry_base_s, options.retry_cap_s),
         )
         self.settlement = Settlement(self.leases, self.memory, self.batcher, self.outcomes)
@@ -90,11 +95,25 @@ class Process:
         catalogue = Catalogue(objects)
         self.janitor = Janitor(log, objects)
         admitter = Admitter(catalogue.resolve, self.memory, options.max_deadline_s)
+        ownership = Ownership(
+            self.consumer,
+            log,
+            self.fleet,
+            self.memory,
+            self.batcher,
+            self.leases,
+            self.outcomes,
+            self.view_writer,
+            options.dedupe_window_s,
+        )
         self.intake = Intake(
             self.consumer,
+            self.control,
+            ownership,
             admitter,
             self.memory,
             self.batcher,
+            self.leases,
             self.outcomes,
             options.window_bytes,
         )
@@ -103,7 +122,7 @@ class Process:
             lease_s=options.lease_s,
             fleet=self.fleet,
             mailboxes=Mailboxes(make_app(settings)),
-            view_writer=view_writer,
+            view_writer=self.view_writer,
             intake=self.intake,
             batcher=self.batcher,
             leases=self.leases,
@@ -128,6 +147,8 @@ class Process:
             return EXIT_FENCED
         finally:
             self.consumer.close()
+            self.control.close()
+        self.sign_off()
         logger.info("stopped", left_running=len(self.leases))
         return 0
 
@@ -154,6 +175,12 @@ class Process:
             except Transient:
                 return
 
+    def sign_off(self) -> None:
+        with suppress(Transient):
+            self.dispatcher.forget_settled()
+            self.view_writer.sign_off()
+            self.fleet.sign_off_dispatcher(self.settings.dispatcher.slot)
+
     def beat(self) -> DispatcherBeat:
         now = time.time()
         by_lane = self.batcher.summary()
@@ -173,17 +200,15 @@ class Process:
             models=models,
             delayed=self.intake.delayed,
             running=len(self.leases),
-            running_jobs=sum(len(lease.jobs) for lease in self.leases),
+            running_jobs=sum(len(lease.held) for lease in self.leases),
             ended=dict(self.outcomes.counts),
             redispatched=self.settlement.redispatched,
             trouble=self.trouble,
         )
 
 
-def recall(memory: JobMemory, log: EventLog, keys_window_s: float) -> None:
-    """Read back from the log what an earlier life knew: answered keys and cancel requests."""
-    for record in log.read([KEYS], time.time() - keys_window_s):
-        memory.remember_key(record.key, record.headers.get("fingerprint", ""), record.time)
+def recall_cancels(memory: JobMemory, log: EventLog) -> None:
+    """Read back from the log what an earlier life knew of cancel requests."""
     for record in log.read([CONTROL], time.time() - TOPIC_BY_NAME[CONTROL].retention_s):
         if record.headers.get("ce_type") == CANCEL_TYPE:
             memory.cancel(record.key)

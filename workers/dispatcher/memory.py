@@ -6,6 +6,7 @@ The event log is the truth behind all of it; after a restart it is read again fr
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from infra.eventlog import Position
@@ -52,7 +53,6 @@ class JobMemory:
         self._keys_most = keys_most
         self._keys: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self._cancels: OrderedDict[str, None] = OrderedDict()
-        self._moved: dict[str, str] = {}
         self.open: dict[str, OpenJob] = {}
         self.held_bytes = 0
 
@@ -60,35 +60,41 @@ class JobMemory:
         self.open[job.job.id] = job
         self.held_bytes += job.inline_bytes
 
-    def moved(self, job: Job) -> None:
+    def moved(self, job: Job, now: float) -> None:
         """The job is no longer in hand; the retry topic has it, and its key stays taken."""
         self._let_go(job.id)
-        if job.key is not None:
-            self._moved[job.id] = job.fingerprint
-
-    def returned(self, job_id: str) -> None:
-        """The job came back from the retry topic."""
-        self._moved.pop(job_id, None)
+        if is_keyed(job):
+            self.remember(job.id, fingerprint_of(job), job.replay, now)
 
     def ended(self, job: Job, now: float) -> None:
-        self._let_go(job.id)
+        self.moved(job, now)
         self._cancels.pop(job.id, None)
-        if job.key is not None:
-            self.remember_key(job.id, job.fingerprint, now)
 
-    def remember_key(self, job_id: str, fingerprint: str, at: float) -> None:
-        self._keys[job_id] = (fingerprint, at)
-        self._keys.move_to_end(job_id)
+    def lost(self, positions: Collection[Position]) -> list[OpenJob]:
+        """Forget the open jobs at these positions, which are another dispatcher's now; returns them."""
+        lost = [job for job in self.open.values() if job.at in positions]
+        for job in lost:
+            self._let_go(job.job.id)
+        return lost
+
+    def remember(self, job_id: str, fingerprint: str, replay: str | None, at: float) -> None:
+        """A job that must not run again: under its idempotency key, or as this redrive of a dead letter."""
+        identities = {_identity(job_id, replay), *([job_id] if fingerprint else [])}
+        for identity in identities:
+            self._keys[identity] = (fingerprint, at)
+            self._keys.move_to_end(identity)
         while len(self._keys) > self._keys_most:
             self._keys.popitem(last=False)
 
-    def known_as(self, job_id: str, now: float) -> str | None:
-        """The fingerprint under which this id is in use, NO_KEY for one without a key; None if it is new."""
-        if job := self.open.get(job_id):
-            return job.job.fingerprint if job.job.key is not None else NO_KEY
-        if fingerprint := self._moved.get(job_id):
-            return fingerprint
-        known, at = self._keys.get(job_id, (None, 0.0))
+    def forget(self, job: Job) -> None:
+        """The job was remembered, but its outcome could not be written."""
+        self._keys.pop(_identity(job.id, job.replay), None)
+
+    def known_as(self, job: Job, now: float) -> str | None:
+        """The fingerprint under which this job's id is in use, NO_KEY for one without a key; None if it is new."""
+        if held := self.open.get(job.id):
+            return fingerprint_of(held.job)
+        known, at = self._keys.get(_identity(job.id, job.replay), (None, 0.0))
         return known if now - at <= self._keys_window_s else None
 
     def cancel(self, job_id: str) -> None:
@@ -102,3 +108,16 @@ class JobMemory:
     def _let_go(self, job_id: str) -> None:
         if job := self.open.pop(job_id, None):
             self.held_bytes -= job.inline_bytes
+
+
+def is_keyed(job: Job) -> bool:
+    """Whether the job is one that must be recognised when it comes again after its end."""
+    return job.key is not None or job.replay is not None
+
+
+def fingerprint_of(job: Job) -> str:
+    return job.fingerprint if job.key is not None else NO_KEY
+
+
+def _identity(job_id: str, replay: str | None) -> str:
+    return job_id if replay is None else f"{job_id} {replay}"

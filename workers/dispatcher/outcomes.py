@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,7 +16,7 @@ from schemas.errors import PipelineError
 from schemas.jobs import Job, job_headers, job_value, retry_headers
 from schemas.results import Outcome, Status, encode_outcome, outcome_of, result_headers
 from schemas.topics import KEYS, RESULTS, RETRY, dead_letter_topic
-from workers.dispatcher.memory import JobMemory
+from workers.dispatcher.memory import JobMemory, fingerprint_of, is_keyed
 from workers.dispatcher.view_writer import ViewWriter
 
 
@@ -30,6 +32,15 @@ class RetryPolicy:
         return self._rng.uniform(0, min(self._cap_s, self._base_s * 2 ** min(failures, 32)))
 
 
+class Written(NamedTuple):
+    """What one record comes to: what is to be appended, and what is to be shown of a job that ended.
+    job: left out where the record stands for none."""
+
+    outputs: list[NewRecord]
+    job: Job | None = None
+    ended: Ended | None = None
+
+
 class Outcomes:
     """Nothing here is visible to anybody until `commit`; a failed commit keeps everything for the next."""
 
@@ -40,13 +51,11 @@ class Outcomes:
         self._memory = memory
         self._view = view
         self._policy = policy
-        self._positions: list[Position] = []
-        self._outputs: list[NewRecord] = []
-        self._ended: list[Ended] = []
+        self._written: dict[Position, Written] = {}
         self.counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self._written)
 
     def answer(self, job: Job, at: Position, item: ItemOutcome, worker: str, now: float) -> None:
         """The job has its result."""
@@ -76,15 +85,14 @@ class Outcomes:
             attempts=job.attempt + 1,
             finished_at=now,
         )
-        self._outputs.append(_dead_letter(_record_of(job, at), job.topic, error, job.attempt + 1))
-        self._end(job, at, outcome, now)
+        letter = _dead_letter(_record_of(job, at), job.topic, error, job.attempt + 1)
+        self._end(job, at, outcome, now, letter)
 
     def reject(self, record: Record, error: PipelineError) -> None:
         """The record cannot stand for a job: to the dead letters as it came, without an outcome."""
         topic = record.position.topic
-        self._outputs.append(_dead_letter(record, topic, error, attempt=1))
         self.counts["rejected"] += 1
-        self.skip(record.position)
+        self._written[record.position] = Written([_dead_letter(record, topic, error, attempt=1)])
 
     def retry(self, job: Job, at: Position, now: float, *, suspect: bool) -> None:
         """The job runs again, later: the retry topic keeps it, with what happened so far."""
@@ -94,36 +102,58 @@ class Outcomes:
             suspect=suspect,
             not_before=now + self._policy.delay_s(job.attempt),
         )
-        self._outputs.append(NewRecord(RETRY, job.id, retry_headers(again), job_value(again)))
         self.counts["retried"] += 1
-        self._memory.moved(job)
-        self.skip(at)
+        self._move(again, at, now)
+
+    def defer(self, job: Job, at: Position, until: float, now: float) -> None:
+        """The job cannot run before a time, and nobody is charged: the retry topic keeps it meanwhile."""
+        self.counts["deferred"] += 1
+        self._move(msgspec.structs.replace(job, not_before=until), at, now)
 
     def skip(self, at: Position) -> None:
         """The record needs no outcome of its own: a duplicate, a control message, a job moved to the retry topic."""
-        self._positions.append(at)
+        self._written[at] = Written([])
+
+    def lost(self, positions: Collection[Position]) -> None:
+        """Drop what was to be written of these, which are another dispatcher's now."""
+        for at in self._written.keys() & positions:
+            if job := self._written.pop(at).job:
+                self._memory.forget(job)
 
     def commit(self, now: float) -> None:
         """Write everything gathered as one transaction, then show it.
 
         Raises Transient or Fenced from the log; then nothing was written.
         """
-        if not self._positions:
+        if not self._written:
             return
-        self._consumer.complete(self._positions, self._outputs)
-        ended, self._ended = self._ended, []
-        self._positions, self._outputs = [], []
-        self._view.show(ended, now)
+        written = list(self._written.values())
+        outputs = [record for one in written for record in one.outputs]
+        self._consumer.complete(list(self._written), outputs)
+        self._written = {}
+        self._view.show([one.ended for one in written if one.ended], now)
 
-    def _end(self, job: Job, at: Position, outcome: Outcome, now: float) -> None:
+    def _move(self, job: Job, at: Position, now: float) -> None:
+        again = NewRecord(RETRY, job.id, retry_headers(job), job_value(job))
+        self._memory.moved(job, now)
+        self._written[at] = Written([again, *_key(job)], job)
+
+    def _end(
+        self, job: Job, at: Position, outcome: Outcome, now: float, *letter: NewRecord
+    ) -> None:
         value = encode_outcome(outcome)
-        self._outputs.append(NewRecord(RESULTS, job.id, result_headers(outcome), value))
-        if outcome.fingerprint is not None:
-            self._outputs.append(NewRecord(KEYS, job.id, {"fingerprint": outcome.fingerprint}, b""))
-        self._ended.append(Ended(job.id, value, job.reply_to))
+        result = NewRecord(RESULTS, job.id, result_headers(outcome), value)
         self._memory.ended(job, now)
         self.counts[outcome.status] += 1
-        self.skip(at)
+        shown = Ended(job.id, value, job.reply_to)
+        self._written[at] = Written([result, *letter, *_key(job)], job, shown)
+
+
+def _key(job: Job) -> Iterator[NewRecord]:
+    """What makes every dispatcher, and later lives of this one, know the job when it comes again."""
+    if is_keyed(job):
+        replay = {} if job.replay is None else {"replay": job.replay}
+        yield NewRecord(KEYS, job.id, {"fingerprint": fingerprint_of(job)} | replay, b"")
 
 
 def _record_of(job: Job, at: Position) -> Record:

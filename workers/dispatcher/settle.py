@@ -29,45 +29,59 @@ class Settlement:
         self._memory = memory
         self._batcher = batcher
         self._outcomes = outcomes
+        self._settled: list[str] = []
         self.redispatched = 0
 
     def settle(self, completions: Iterable[Completion], now: float) -> None:
         """Judge the items of each batch that is on record; the report of any other is stale."""
         for completion in completions:
-            lease = self._leases.take(completion.batch_id)
-            if lease is None:
+            jobs = self._leases.settle(completion.batch_id)
+            if jobs is None:
                 logger.info("completion_ignored", batch=completion.batch_id)
                 continue
+            ours = [job for job in jobs if job is not None]
             if not completion.items:
-                self._given_back(lease, now)
-            elif len(completion.items) != len(lease.jobs):
+                self._given_back(ours, now)
+            elif len(completion.items) != len(jobs):
                 logger.error("completion_malformed", batch=completion.batch_id)
-                self.lost(lease, begun=True, now=now)
+                self._died(ours, begun=True, now=now)
             else:
-                for job, item in zip(lease.jobs, completion.items, strict=True):
-                    self._judge(job, item, completion.worker, now)
+                for job, item in zip(jobs, completion.items, strict=True):
+                    if job is not None:
+                        self._judge(job, item, completion.worker, now)
+            if len(ours) == len(jobs):
+                self._settled.append(completion.batch_id)
+
+    def settled(self) -> list[str]:
+        """Batches whose every job was judged here, or is to run again, since the last call."""
+        settled, self._settled = self._settled, []
+        return settled
 
     def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
         """A batch's worker is gone. Jobs that were being run are suspect; all others just go again."""
-        self._leases.take(lease.batch_id)
-        self.redispatched += len(lease.jobs)
+        self._leases.end(lease.batch_id)
+        self._settled.append(lease.batch_id)
         logger.warning(
             "lease_lost",
             batch=lease.batch_id,
             worker=lease.worker,
-            jobs=len(lease.jobs),
+            jobs=len(lease.held),
             begun=begun,
         )
-        for job in lease.jobs:
+        self._died(lease.held, begun=begun, now=now)
+
+    def _died(self, jobs: list[OpenJob], *, begun: bool, now: float) -> None:
+        self.redispatched += len(jobs)
+        for job in jobs:
             if not begun and job.dispatches < MAX_DISPATCHES:
                 self._run_again(job, now)
                 continue
             error = InferenceFailed("worker_died", _death_of(job, begun))
             self._failed(job, error, now, passing=begun, suspect=True)
 
-    def _given_back(self, lease: Lease, now: float) -> None:
-        """Its worker drains: the jobs go elsewhere, and nobody is charged."""
-        for job in lease.jobs:
+    def _given_back(self, jobs: list[OpenJob], now: float) -> None:
+        """Their worker drains: the jobs go elsewhere, and nobody is charged."""
+        for job in jobs:
             job.dispatches -= 1
             self._run_again(job, now)
 

@@ -53,7 +53,9 @@ class ViewWriter:
         self._log = log
         self._ttl = ttl
         self._replay: Iterator[Record] | None = None
-        self._replay_from = 0.0
+        self._began_at = 0.0
+        self._marks: set[int] = set()
+        self._marked = False
         self._looked_at = 0.0
         self.behind = True
         self.losses = 0
@@ -78,6 +80,15 @@ class ViewWriter:
         except Transient:
             self._fall_behind()
 
+    def look_back(self) -> None:
+        """Show what another dispatcher has written and, being dead, may not have shown."""
+        self._fall_behind()
+
+    def sign_off(self) -> None:
+        """Leave no mark behind that a later rebuild would begin at."""
+        if not self.behind:
+            self._view.sign_off()
+
     def catch_up(self, now: float) -> None:
         """Look whether the view still has its memory; one bounded step of a rebuild if it has not."""
         if not self.behind and now - self._looked_at >= LOOK_EVERY_S:
@@ -96,13 +107,18 @@ class ViewWriter:
         self._replay = None
 
     def _begin(self, now: float) -> None:
-        complete_to = self._view.complete_to()
-        since = now - self._ttl.seconds if complete_to is None else complete_to - MARGIN_S
-        if complete_to is None:
+        marks = self._view.marks()
+        since = now - self._ttl.seconds
+        if marks and (self._view.writer in marks or not self._marked):
+            since = max(since, min(marks.values()) - MARGIN_S)
+        else:
             logger.warning("view_lost", action="rebuild from the results topic")
             self.losses += 1
+        if self._view.writer not in marks:
             self._view.rebuild_from(since)
-        self._replay_from = now
+        self._marks = {*marks, self._view.writer}
+        self._marked = True
+        self._began_at = now
         self._replay = self._log.read([RESULTS], since)
 
     def _step(self) -> None:
@@ -111,6 +127,6 @@ class ViewWriter:
         self._view.show([(record.key, record.value) for record in records], self._ttl.seconds)
         if len(records) < REBUILD_CHUNK:
             self._replay = None
-            # The mark of _begin must still stand, or Redis was emptied once more meanwhile.
-            self.behind = not self._view.ended((), 1, self._replay_from)
-            self._looked_at = self._replay_from
+            # The marks of _begin must still stand, or Redis was emptied once more meanwhile.
+            self.behind = not self._view.move_marks(self._marks, self._began_at)
+            self._looked_at = self._began_at

@@ -134,9 +134,7 @@ class BatchRunner:
         """The work is done, so a Redis that is away is waited for, as long as the lease could stand."""
         for _ in range(REPORT_TRIES):
             try:
-                if self._fleet.holds(batch.id):
-                    self._fleet.complete(batch, completion)
-                else:
+                if not self._fleet.complete(batch, completion):
                     logger.warning("lease_lost", batch=batch.id, at="report")
                 return
             except Transient:

@@ -22,10 +22,10 @@ class FakeFleet:
     def ring(self) -> None:
         pass
 
-    def dispatcher(self) -> DispatcherBeat | None:
+    def dispatchers(self) -> list[DispatcherBeat]:
         if self.away:
             raise Transient("redis_unavailable", "Redis did not answer.")
-        return self.beat
+        return [self.beat] if self.beat else []
 
     def workers(self) -> list[WorkerBeat]:
         return self.worker_beats

@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 
-from infra.eventlog import NewRecord, Position, Record
+from infra.eventlog import Moved, NewRecord, Position, Record
 from infra.fleet import Phase, Seat, Signals, SlotToken, WorkerBeat
 from infra.job_view import Ended
-from schemas.batches import Batch, Completion, decode_batch, decode_completion, encode
+from schemas.batches import (
+    Assignment,
+    Batch,
+    Completion,
+    decode_batch,
+    decode_completion,
+    encode,
+)
 from schemas.errors import Transient
 from schemas.results import Outcome, decode_outcome
 
@@ -75,6 +82,8 @@ class FakeConsumer:
         self.open: set[Position] = set()
         self.completed: list[Position] = []
         self.commits: list[tuple[list[Position], list[NewRecord]]] = []
+        self.taken: list[Position] = []
+        self._fresh = True
         self.asked_bytes: list[int] = []
         self.paused: set[str] = set()
 
@@ -94,6 +103,8 @@ class FakeConsumer:
                 ):
                     break
                 self._next[topic] += 1
+                if record.position in self.completed:
+                    continue
                 self.open.add(record.position)
                 received.append(record)
         return received
@@ -101,6 +112,8 @@ class FakeConsumer:
     def complete(self, positions: Iterable[Position], outputs: Sequence[NewRecord] = ()) -> None:
         self._log.faults.begin("log.complete")
         fresh = list(positions)
+        if moved := set(self.taken) & set(fresh):
+            raise Moved(f"{moved} moved")
         assert len(set(fresh)) == len(fresh), "a position was completed twice in one transaction"
         assert self.open.issuperset(fresh), "a position was completed that is not open"
         self.open.difference_update(fresh)
@@ -108,11 +121,51 @@ class FakeConsumer:
         self.commits.append((fresh, list(outputs)))
         self._log.append(outputs)
 
+    def lose(self, *positions: Position) -> None:
+        """Another member becomes their owner."""
+        self.open.difference_update(positions)
+        self.taken += positions
+
+    def give(self) -> None:
+        """This member becomes an owner: what is open comes (again)."""
+        self._fresh = True
+        done = set(self.completed)
+        for topic in self._topics:
+            held = self._log.records[topic]
+            here = [r.position.offset for r in held if r.position not in done | self.open]
+            self._next[topic] = min(here, default=len(held))
+
+    def lost(self) -> list[Position]:
+        lost, self.taken = self.taken, []
+        return lost
+
+    def gained(self) -> bool:
+        gained, self._fresh = self._fresh, False
+        return gained
+
     def pause(self, topic: str) -> None:
         self.paused.add(topic)
 
     def resume(self, topic: str) -> None:
         self.paused.discard(topic)
+
+    def close(self) -> None:
+        pass
+
+
+class FakeFollower:
+    """What `infra.eventlog.Follower` promises."""
+
+    def __init__(self, log: FakeLog, topics: Sequence[str], since: float) -> None:
+        self._log = log
+        self._since = since
+        self._next = dict.fromkeys(topics, 0)
+
+    def receive(self) -> list[Record]:
+        self._log.faults.begin("log.follow")
+        found = [r for topic, start in self._next.items() for r in self._log.records[topic][start:]]
+        self._next = {topic: len(self._log.records[topic]) for topic in self._next}
+        return [record for record in found if record.time >= self._since]
 
     def close(self) -> None:
         pass
@@ -144,6 +197,9 @@ class FakeLog:
                 if record.time >= since:
                     yield record
 
+    def follow(self, topics: Sequence[str], since: float) -> FakeFollower:
+        return FakeFollower(self, topics, since)
+
     def trim(self, retention_s: dict[str, float]) -> int:
         self.trims.append(retention_s)
         return 0
@@ -174,7 +230,9 @@ class FakeFleet:
         self.batches: dict[str, bytes] = {}
         self.leases: dict[str, float] = {}
         self.begun: set[str] = set()
-        self.inbox: deque[bytes] = deque()
+        self.inbox: deque[str] = deque()
+        self.reported: dict[str, bytes] = {}
+        self.out: dict[str, Assignment] = {}
         self.alive: set[str] = set()
         self.beats: list[WorkerBeat] = []
 
@@ -187,16 +245,31 @@ class FakeFleet:
         self.waits.append((list(seats), timeout_s))
         with self._call("wait"):
             if self.inbox:
-                return Signals(self._read_inbox(), None)
+                return Signals(self.read_inbox(), None)
             for seat in seats:
                 if self.slots[seat]:
                     token = self.slots[seat].popleft()
                     return Signals([], token if token.worker in self.alive else None)
         return Signals([], None)
 
-    def completions(self, slot: int) -> list[Completion]:
-        with self._call("completions"):
-            return self._read_inbox()
+    def reports(self, batch_ids: Sequence[str]) -> list[Completion]:
+        with self._call("reports"):
+            found = [self.reported.get(batch_id) for batch_id in batch_ids]
+        return [decode_completion(raw) for raw in found if raw is not None]
+
+    def forget(self, batch_ids: Sequence[str]) -> None:
+        with self._call("forget"):
+            for batch_id in batch_ids:
+                self.out.pop(batch_id, None)
+                self.reported.pop(batch_id, None)
+
+    def assignments(self) -> list[Assignment]:
+        with self._call("assignments"):
+            return [
+                out
+                for id_, out in self.out.items()
+                if self.leased(id_) or id_ in self.begun or id_ in self.reported
+            ]
 
     def take_slot(self, seats: Sequence[Seat]) -> SlotToken | None:
         with self._call("take_slot"):
@@ -207,14 +280,24 @@ class FakeFleet:
                         return token
         return None
 
-    def lease(self, batch: Batch) -> None:
+    def lease(self, batch: Batch, worker: str) -> None:
         with self._call("lease"):
+            self.out[batch.id] = Assignment(
+                batch.id,
+                worker,
+                batch.version,
+                [item.job_id for item in batch.items],
+                [item.attempt for item in batch.items],
+            )
             self.batches[batch.id] = encode(batch)
             self.leases[batch.id] = self._clock.monotonic() + batch.lease_s
 
     def phases(self, batch_ids: Sequence[str]) -> list[Phase]:
         with self._call("phases"):
-            return [Phase(self.leased(id_), id_ in self.begun) for id_ in batch_ids]
+            return [
+                Phase(self.leased(id_), id_ in self.begun, id_ in self.reported)
+                for id_ in batch_ids
+            ]
 
     # ── worker ───────────────────────────────────────────────────────────────────────────────────
 
@@ -229,16 +312,16 @@ class FakeFleet:
                 self.begun.add(batch.id)
             return self.leased(batch.id)
 
-    def holds(self, batch_id: str) -> bool:
-        with self._call("holds"):
-            return self.leased(batch_id)
-
-    def complete(self, batch: Batch, completion: Completion) -> None:
+    def complete(self, batch: Batch, completion: Completion) -> bool:
         with self._call("complete"):
-            self.inbox.append(encode(completion))
+            if not self.leased(batch.id):
+                return False
+            self.inbox.append(batch.id)
+            self.reported[batch.id] = encode(completion)
             self.leases.pop(batch.id, None)
             self.begun.discard(batch.id)
             self.batches.pop(batch.id, None)
+        return True
 
     def offer(self, token: SlotToken) -> None:
         with self._call("offer"):
@@ -264,10 +347,10 @@ class FakeFleet:
         with self._call("sign_off"):
             self.alive.discard(worker)
 
-    def _read_inbox(self) -> list[Completion]:
-        found = [decode_completion(raw) for raw in self.inbox]
+    def read_inbox(self) -> list[Completion]:
+        found = [self.reported[batch_id] for batch_id in self.inbox if batch_id in self.reported]
         self.inbox.clear()
-        return found
+        return [decode_completion(raw) for raw in found]
 
     def _call(self, name: str) -> _Call:
         return _Call(self._faults, f"fleet.{name}")
@@ -311,6 +394,8 @@ class FakeMailboxes:
 class FakeView:
     """What `infra.job_view.JobView` does. told: notices, by client. ttls_s: of what was shown as ended."""
 
+    writer = 0
+
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
         self.told: dict[str, list[str]] = defaultdict(list)
@@ -319,7 +404,7 @@ class FakeView:
 
     def forget(self) -> None:
         self.values: dict[str, bytes] = {}
-        self.mark: float | None = None
+        self.mark_of: dict[int, float] = {}
 
     def show(self, outcomes: Sequence[tuple[str, bytes]], ttl_s: int) -> None:
         with _Call(self._faults, "view.show"):
@@ -334,19 +419,27 @@ class FakeView:
                     self.told[job.reply_to].append(job.job_id)
             if complete_to is None:
                 return True
-            if self.mark is None:
+            if self.writer not in self.mark_of:
                 return False
-            self.mark = complete_to
+            self.mark_of[self.writer] = complete_to
             return True
 
     def rebuild_from(self, since: float) -> None:
         with _Call(self._faults, "view.rebuild_from"):
-            if self.mark is None:
-                self.mark = since
+            self.mark_of.setdefault(self.writer, since)
 
-    def complete_to(self) -> float | None:
-        with _Call(self._faults, "view.complete_to"):
-            return self.mark
+    def marks(self) -> dict[int, float]:
+        with _Call(self._faults, "view.marks"):
+            return dict(self.mark_of)
+
+    def move_marks(self, writers: Iterable[int], complete_to: float) -> bool:
+        with _Call(self._faults, "view.move_marks"):
+            stand = [writer for writer in writers if writer in self.mark_of]
+            self.mark_of |= dict.fromkeys(stand, complete_to)
+            return len(stand) == len(list(writers))
+
+    def sign_off(self) -> None:
+        self.mark_of.pop(self.writer, None)
 
     def statuses(self) -> dict[str, str]:
         return {id_: decode_outcome(value).status for id_, value in self.values.items()}

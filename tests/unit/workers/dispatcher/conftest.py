@@ -24,6 +24,7 @@ from workers.dispatcher.leases import Leases
 from workers.dispatcher.loop import Dispatcher
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes, RetryPolicy
+from workers.dispatcher.ownership import Ownership
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewTtl, ViewWriter
 
@@ -184,7 +185,14 @@ def make_world(
         outcomes = Outcomes(consumer, memory, view_writer, RetryPolicy(RETRY_BASE_S, RETRY_CAP_S))
         settlement = Settlement(leases, memory, batcher, outcomes)
         admitter = Admitter(models.resolve, memory, MAX_DEADLINE_S)
-        intake = Intake(consumer, admitter, memory, batcher, outcomes, window_bytes)
+        ownership = Ownership(
+            consumer, log, fleet, memory, batcher, leases, outcomes, view_writer, keys_window_s,
+            clock.wall, clock.monotonic,
+        )  # fmt: skip
+        control = log.follow([CONTROL], 0)
+        intake = Intake(
+            consumer, control, ownership, admitter, memory, batcher, leases, outcomes, window_bytes
+        )
         dispatcher = Dispatcher(
             slot=0,
             lease_s=LEASE_S,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from schemas.errors import InvalidJob, Transient
 from schemas.jobs import Job
 from schemas.models import ModelCard
 from schemas.payloads import Payload, Ref
+from schemas.proof import signed
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.memory import JobMemory, OpenJob
 
@@ -164,3 +166,49 @@ def test_a_model_that_cannot_be_looked_up_is_no_verdict(
 ) -> None:
     with pytest.raises(Transient):
         admitter.admit(make_job(model="away"), noon)
+
+
+# ── proof of the tenant ──────────────────────────────────────────────────────────────────────────
+
+KEYS = {"default": [b"k" * 32], "acme": [b"a" * 32]}
+
+
+@pytest.fixture
+def strict(card: ModelCard, memory: JobMemory) -> Admitter:
+    return Admitter(lambda name, version: card, memory, max_deadline_s=7200, keys=KEYS)
+
+
+def test_a_signed_job_runs_where_a_proof_is_asked_for(
+    strict: Admitter, make_job: MakeJob, noon: float
+) -> None:
+    assert strict.admit(signed(make_job(), KEYS), noon).verdict == "run"
+
+
+@pytest.mark.parametrize("deadline_at", [0.0, 1_900_000_000.0])
+def test_a_job_that_claims_another_tenant_has_no_verdict(
+    strict: Admitter, make_job: MakeJob, noon: float, deadline_at: float
+) -> None:
+    """Not even `expired`: an outcome would stand in the name of that tenant's own job."""
+    own = signed(make_job(deadline_at=deadline_at), KEYS)
+    forged = msgspec.structs.replace(own, tenant="acme")
+
+    with pytest.raises(InvalidJob) as caught:
+        strict.admit(forged, noon)
+
+    assert caught.value.code == "tenant_unproven"
+
+
+def test_a_forged_cancelled_job_has_no_verdict(
+    strict: Admitter, memory: JobMemory, make_job: MakeJob, noon: float
+) -> None:
+    memory.cancel("a")
+
+    with pytest.raises(InvalidJob):
+        strict.admit(make_job(id="a"), noon)
+
+
+def test_a_job_that_was_admitted_before_needs_no_second_proof(
+    strict: Admitter, make_job: MakeJob, noon: float
+) -> None:
+    """Its key may have been withdrawn since; it was accepted, so it must end."""
+    assert strict.admit(make_job(attempt=1), noon, returned=True).verdict == "run"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from infra.eventlog import Fenced, NewRecord
@@ -15,7 +16,7 @@ from schemas.errors import Transient
 from schemas.jobs import Job
 from schemas.topics import CONTROL, KEYS, TOPIC_BY_NAME
 from workers.dispatcher import main as dispatcher_main
-from workers.dispatcher.main import EXIT_FENCED, Process, recall
+from workers.dispatcher.main import EXIT_FENCED, Process, recall_cancels
 from workers.dispatcher.memory import JobMemory
 
 MakeJob = Callable[..., Job]
@@ -44,7 +45,8 @@ def process(world: Any, log: Any, fleet: Any, tmp_path: Any, sleeps: list[float]
     process.log = log
     process.fleet = fleet
     for part in (
-        "memory", "consumer", "batcher", "leases", "outcomes", "settlement", "intake", "dispatcher"
+        "memory", "consumer", "batcher", "leases", "outcomes", "settlement", "intake", "dispatcher",
+        "view_writer",
     ):  # fmt: skip
         setattr(process, part, getattr(world, part))
     process.janitor = SimpleNamespace(run=lambda stop: None)  # type: ignore[assignment]
@@ -53,6 +55,8 @@ def process(world: Any, log: Any, fleet: Any, tmp_path: Any, sleeps: list[float]
     process._beat_at = 0.0
     fleet.shown = []
     fleet.show_dispatcher = fleet.shown.append
+    fleet.sign_off_dispatcher = lambda slot: None
+    process.control = SimpleNamespace(close=lambda: None)  # type: ignore[assignment]
     return process
 
 
@@ -197,22 +201,25 @@ def memory() -> JobMemory:
 
 
 def test_keys_that_were_answered_are_known_again(
-    world: Any, log: Any, memory: JobMemory, make_job: MakeJob, clock: Any, sleeps: list[float]
+    make_world: Any, make_job: MakeJob, log: Any, clock: Any
 ) -> None:
+    first = make_world()
     job = make_job(key="k")
-    world.submit(job)
-    world.offer()
-    world.step()
-    world.work()
-    world.step()
+    first.submit(job)
+    first.offer()
+    first.step()
+    first.work()
+    first.step()
     clock.advance(3600)
 
-    recall(memory, log, KEYS_WINDOW_S)
+    second = make_world()
+    second.step()
 
     (record,) = log.records[KEYS]
-    assert memory.known_as(record.key, clock.wall()) == job.fingerprint
+    known = msgspec.structs.replace(job, id=record.key)
+    assert second.memory.known_as(known, clock.wall()) == job.fingerprint
     clock.advance(KEYS_WINDOW_S - 3600 + 1)
-    assert memory.known_as(record.key, clock.wall()) is None
+    assert second.memory.known_as(known, clock.wall()) is None
 
 
 def test_cancel_requests_are_known_again(
@@ -223,7 +230,7 @@ def test_cancel_requests_are_known_again(
     world.cancel("new")
     clock.advance(1)
 
-    recall(memory, log, KEYS_WINDOW_S)
+    recall_cancels(memory, log)
 
     assert memory.is_cancelled("new")
     assert not memory.is_cancelled("old")
@@ -234,13 +241,13 @@ def test_what_is_no_cancel_request_is_not_recalled_as_one(
 ) -> None:
     log.append([NewRecord(CONTROL, "a", {"ce_type": "io.headrace.retrain.v1"}, b"")])
 
-    recall(memory, log, KEYS_WINDOW_S)
+    recall_cancels(memory, log)
 
     assert not memory.is_cancelled("a")
 
 
 def test_what_another_dispatcher_answered_until_it_was_fenced_is_known(
-    monkeypatch: pytest.MonkeyPatch, log: Any, tmp_path: Any, faults: Any, mailboxes: Any
+    monkeypatch: pytest.MonkeyPatch, log: Any, tmp_path: Any, fleet: Any, mailboxes: Any
 ) -> None:
     """Joining the group fences the one before; only then is what it wrote complete."""
     order: list[str] = []
@@ -256,9 +263,12 @@ def test_what_another_dispatcher_answered_until_it_was_fenced_is_known(
     monkeypatch.setattr(log, "read", noted("recall", log.read))
     monkeypatch.setattr(dispatcher_main, "Mailboxes", lambda app: mailboxes)
 
-    Process(load_settings(data_dir=tmp_path), log)
+    process = Process(load_settings(data_dir=tmp_path), log)
+    process.fleet = fleet
+    process.intake._ownership._fleet = fleet
+    process.intake.receive(0)
 
-    assert order == ["join", "recall", "recall"]
+    assert order == ["recall", "join", "recall"]
 
 
 def test_a_job_that_was_open_is_run_once_more_and_answered_once(

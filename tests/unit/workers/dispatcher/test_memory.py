@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from schemas.jobs import Job
@@ -25,9 +26,9 @@ def test_an_open_job_is_known_by_its_fingerprint_or_as_one_without_a_key(
     memory.hold(keyed)
     memory.hold(plain)
 
-    assert memory.known_as("a", noon) == keyed.job.fingerprint
-    assert memory.known_as("b", noon) == NO_KEY
-    assert memory.known_as("c", noon) is None
+    assert memory.known_as(keyed.job, noon) == keyed.job.fingerprint
+    assert memory.known_as(plain.job, noon) == NO_KEY
+    assert memory.known_as(make_open(id="c").job, noon) is None
 
 
 def test_an_ended_job_with_a_key_is_remembered_for_a_while(
@@ -36,8 +37,8 @@ def test_an_ended_job_with_a_key_is_remembered_for_a_while(
     job = make_job(id="a", key="k")
     memory.ended(job, noon)
 
-    assert memory.known_as("a", noon + 100) == job.fingerprint
-    assert memory.known_as("a", noon + 101) is None
+    assert memory.known_as(job, noon + 100) == job.fingerprint
+    assert memory.known_as(job, noon + 101) is None
 
 
 def test_an_ended_job_without_a_key_is_forgotten(
@@ -47,19 +48,54 @@ def test_an_ended_job_without_a_key_is_forgotten(
     memory.hold(job)
     memory.ended(job.job, noon)
 
-    assert memory.known_as("a", noon) is None
+    assert memory.known_as(job.job, noon) is None
     assert memory.open == {}
 
 
 def test_so_many_keys_are_remembered_the_oldest_forgotten_first(
-    memory: JobMemory, noon: float
+    memory: JobMemory, make_job: Callable[..., Job], noon: float
 ) -> None:
     for id_ in "abc":
-        memory.remember_key(id_, "f", noon)
-    memory.remember_key("a", "f", noon + 1)
-    memory.remember_key("d", "f", noon + 2)
+        memory.remember(id_, "f", None, noon)
+    memory.remember("a", "f", None, noon + 1)
+    memory.remember("d", "f", None, noon + 2)
 
-    assert [memory.known_as(id_, noon + 2) for id_ in "abcd"] == ["f", None, "f", "f"]
+    known = [memory.known_as(make_job(id=id_), noon + 2) for id_ in "abcd"]
+    assert known == ["f", None, "f", "f"]
+
+
+def test_a_redrive_is_known_by_itself_and_the_key_stays_taken(
+    memory: JobMemory, make_job: Callable[..., Job], noon: float
+) -> None:
+    job = make_job(id="a", key="k")
+    again = msgspec.structs.replace(job, replay="letter-1")
+    memory.ended(job, noon)
+    assert memory.known_as(again, noon) is None
+
+    memory.ended(again, noon)
+
+    assert memory.known_as(again, noon) == job.fingerprint
+    assert memory.known_as(msgspec.structs.replace(job, replay="letter-2"), noon) is None
+    assert memory.known_as(job, noon) == job.fingerprint
+
+
+def test_what_is_lost_is_neither_open_nor_held(memory: JobMemory, make_open: MakeOpen) -> None:
+    kept, lost = (make_open(id=id_, payload=Payload("", data=b"x" * 100)) for id_ in "ab")
+    memory.hold(kept)
+    memory.hold(lost)
+
+    assert memory.lost({lost.at}) == [lost]
+    assert (list(memory.open), memory.held_bytes) == (["a"], 100)
+
+
+def test_a_job_whose_outcome_could_not_be_written_is_new_again(
+    memory: JobMemory, make_job: Callable[..., Job], noon: float
+) -> None:
+    job = make_job(id="a", key="k")
+    memory.ended(job, noon)
+    memory.forget(job)
+
+    assert memory.known_as(job, noon) is None
 
 
 def test_held_bytes_are_those_of_inline_payloads_in_hand(
@@ -70,10 +106,10 @@ def test_held_bytes_are_those_of_inline_payloads_in_hand(
         memory.hold(job)
     assert memory.held_bytes == 300
 
-    memory.moved(jobs[0].job)
+    memory.moved(jobs[0].job, noon)
     memory.ended(jobs[1].job, noon)
     memory.ended(jobs[1].job, noon)
-    memory.moved(make_open(id="unknown").job)
+    memory.moved(make_open(id="unknown").job, noon)
 
     assert memory.held_bytes == 100
 

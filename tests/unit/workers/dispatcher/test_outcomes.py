@@ -82,8 +82,8 @@ def test_a_failure_is_a_dead_letter_that_says_where_from_and_why_and_a_result(
     world.outcomes.commit(noon)
 
     ((_, outputs),) = world.consumer.commits
-    assert topics(outputs) == ["jobs.text.basic.dlq", RESULTS]
-    letter, result = outputs
+    assert topics(outputs) == [RESULTS, "jobs.text.basic.dlq"]
+    result, letter = outputs
     assert letter.key == "a"
     assert letter.value == b"hello"
     assert letter.headers == job_headers(job) | {

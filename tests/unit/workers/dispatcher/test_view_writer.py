@@ -60,7 +60,7 @@ def test_only_what_the_view_may_not_have_is_read_again(
 ) -> None:
     end("old")
     clock.advance(100)
-    view.mark = clock.wall()
+    view.mark_of[0] = clock.wall()
     end("new")
 
     rebuild(writer, clock.wall())
@@ -133,22 +133,22 @@ def test_a_loss_between_reading_the_mark_and_setting_it_is_noticed(
 ) -> None:
     end("a")
     clock.advance(100)
-    view.mark = clock.wall()
-    read = view.complete_to
+    view.mark_of[0] = clock.wall()
+    read = view.marks
 
-    def lost_right_after() -> float | None:
-        mark: float | None = read()
+    def lost_right_after() -> dict[int, float]:
+        marks: dict[int, float] = read()
         view.forget()
         monkeypatch.undo()
-        return mark
+        return marks
 
-    monkeypatch.setattr(view, "complete_to", lost_right_after)
+    monkeypatch.setattr(view, "marks", lost_right_after)
     rebuild(writer, clock.wall())
 
     assert view.statuses() == {"a": "succeeded"}
 
 
-@pytest.mark.parametrize("call", ["view.ended", "view.show", "view.complete_to", "log.read"])
+@pytest.mark.parametrize("call", ["view.ended", "view.show", "view.marks", "log.read"])
 @pytest.mark.parametrize("answer_lost", [False, True])
 def test_whatever_fails_the_view_has_it_all_in_the_end(
     writer: ViewWriter,

@@ -174,7 +174,7 @@ def send(fleet: Any) -> Callable[..., str]:
     """`send(batch)`: under lease for worker `w`; gives the slot it was sent to, as the task gets it."""
 
     def lease(batch: Batch, seat: Any = "any", token: SlotToken | None = None) -> str:
-        fleet.lease(batch)
+        fleet.lease(batch, "w")
         return (token or SlotToken("w", "life", 99, seat)).packed()
 
     return lease

@@ -54,7 +54,7 @@ def test_a_beat_renews_the_leases_of_what_is_in_hand(
     worker: Worker, fleet: Any, clock: Any, make_batch: Any
 ) -> None:
     batch = make_batch()
-    fleet.lease(batch)
+    fleet.lease(batch, "w")
     worker.hand.hold(batch, "any")
 
     for _ in range(10):
@@ -81,7 +81,7 @@ def test_a_drain_offers_nothing_more_and_gives_back_what_does_not_end_in_time(
 ) -> None:
     worker.beat()
     batch = make_batch(make_items("1"))
-    fleet.lease(batch)
+    fleet.lease(batch, "w")
     worker.hand.hold(batch, "any")
     worker.hand.close()
 
@@ -89,7 +89,7 @@ def test_a_drain_offers_nothing_more_and_gives_back_what_does_not_end_in_time(
         worker.end_drain()
 
     assert offered(fleet) == []
-    (completion,) = fleet.completions(0)
+    (completion,) = fleet.read_inbox()
     assert (completion.batch_id, completion.items) == (batch.id, [])
 
 
@@ -128,7 +128,7 @@ def test_one_batch_that_cannot_be_given_back_does_not_keep_the_others(
 ) -> None:
     batches = [make_batch(make_items("1")) for _ in range(3)]
     for batch in batches:
-        fleet.lease(batch)
+        fleet.lease(batch, "w")
         worker.hand.hold(batch, "any")
     worker.hand.close()
     faults.fail("fleet.complete")
@@ -136,7 +136,7 @@ def test_one_batch_that_cannot_be_given_back_does_not_keep_the_others(
     with pytest.raises(Ended):
         worker.end_drain()
 
-    assert len(fleet.completions(0)) == 2
+    assert len(fleet.read_inbox()) == 2
 
 
 def test_closing_signs_off(worker: Worker, fleet: Any, faults: Any) -> None:

@@ -87,7 +87,7 @@ def take(fleet: Any) -> Callable[..., SlotToken]:
 
 
 def reports(fleet: Any) -> list[tuple[str, int]]:
-    return [(done.batch_id, len(done.items)) for done in fleet.completions(0)]
+    return [(done.batch_id, len(done.items)) for done in fleet.read_inbox()]
 
 
 def offers(fleet: Any) -> int:
@@ -115,7 +115,7 @@ def test_a_batch_is_run_and_reported_and_its_slot_offered_again(
     runner.run_batch(batch.id, slot)
 
     assert stages.ran == [batch]
-    (completion,) = fleet.completions(0)
+    (completion,) = fleet.read_inbox()
     assert (completion.batch_id, completion.worker) == (batch.id, "w")
     assert [item.answer for item in completion.items] == [b"{}", b"{}"]
     assert hand.held() == []
@@ -214,7 +214,7 @@ def test_a_redis_that_is_away_never_raises_out_of_the_task(
 
 
 @pytest.mark.parametrize("answer_lost", [False, True])
-@pytest.mark.parametrize("call", ["fleet.holds", "fleet.complete"])
+@pytest.mark.parametrize("call", ["fleet.complete"])
 def test_a_report_waits_for_redis_and_is_made_once(
     runner: BatchRunner, fleet: Any, stages: FakeStages, batch: Batch, send: Any, take: Any,
     hand: Hand, faults: Any, sleeps: list[float], call: str, answer_lost: bool,
@@ -238,7 +238,7 @@ def test_a_report_is_given_up_in_the_end(
     sleeps: list[float],
 ) -> None:  # fmt: skip
     slot = send(batch, token=take())
-    faults.always.add("fleet.holds")
+    faults.always.add("fleet.complete")
 
     runner.run_batch(batch.id, slot)
 
@@ -284,7 +284,7 @@ def test_when_the_model_does_not_load_every_item_fails_for_that_reason(
 
     runner.run_batch(batch.id, slot)
 
-    (completion,) = fleet.completions(0)
+    (completion,) = fleet.read_inbox()
     assert [(i.code, i.message, i.retry) for i in completion.items] == [
         (failure.code, failure.message, passing)
     ] * 2
@@ -299,7 +299,7 @@ def test_a_bug_in_loading_a_model_is_reported_and_does_not_pass_for_a_dead_worke
 
     runner.run_batch(batch.id, slot)
 
-    (completion,) = fleet.completions(0)
+    (completion,) = fleet.read_inbox()
     assert [item.code is not None for item in completion.items] == [True, True]
 
 
