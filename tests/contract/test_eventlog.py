@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import pytest
 
-from infra.eventlog import Consumer, EventLog, Fenced, NewRecord, Position, Record
+from infra.eventlog import Consumer, EventLog, Fenced, Follower, NewRecord, Position, Record
 from schemas.errors import InvalidJob, PipelineError
 
 A = "jobs.image.standard"
 B = "jobs.text.bulk"
 RESULTS = "results"
+PATIENCE_S = 20.0
 
 Open = Callable[..., EventLog]
 Take = Callable[[Consumer, int], list[Record]]
@@ -337,6 +338,59 @@ def test_read_disturbs_no_group(log: EventLog, take: Take) -> None:
     consumer = log.consumer("g", [A])
     assert kept(log, A) == ["1"]
     assert keys(take(consumer, 1)) == ["1"]
+
+
+def test_a_member_has_gained_something_when_it_joins_and_not_again(
+    log: EventLog, take: Take
+) -> None:
+    log.append(new(A, 1))
+    consumer = log.consumer("g", [A])
+    take(consumer, 1)
+    assert consumer.gained()
+    assert not consumer.gained()
+    assert consumer.lost() == []
+
+
+def followed(follower: Follower, count: int) -> list[str]:
+    """The keys of what comes, until so many came, waited for as long as a log may need."""
+    deadline = time.monotonic() + PATIENCE_S
+    found: list[str] = []
+    while len(found) < count and time.monotonic() < deadline:
+        found += keys(follower.receive())
+    return found
+
+
+def test_a_follower_is_given_what_comes_from_a_time_on(log_factory: Open) -> None:
+    log = log_factory()
+    for i in range(6):
+        log.append(new(A, i))
+    times = {record.key: record.time for record in log.read([A], 0)}
+    since = times["3"]
+    wanted = [key for key, at in times.items() if at >= since]
+    following = log.follow([A, B], since)
+    assert followed(following, len(wanted)) == wanted
+    log_factory().append([*new(A, "a"), *new(B, "b")])
+    log.append(new(A, "c"))
+    assert sorted(followed(following, 3)) == ["a", "b", "c"]
+    assert following.receive() == []
+    following.close()
+
+
+def test_every_follower_is_given_everything_and_no_group_notices(log: EventLog, take: Take) -> None:
+    followers = [log.follow([A], 0) for _ in range(2)]
+    log.append(new(A, *range(700)))
+    for follower in followers:
+        assert followed(follower, 700) == [str(i) for i in range(700)]
+        follower.close()
+    assert len(take(log.consumer("g", [A]), 700)) == 700
+
+
+def test_a_follower_of_the_future_is_given_what_comes_from_now_on(log: EventLog) -> None:
+    log.append(new(A, "past"))
+    follower = log.follow([A], time.time() + 1000)
+    log.append(new(A, "next"))
+    assert followed(follower, 1) == ["next"]
+    follower.close()
 
 
 def test_rewind_gives_again_what_was_appended_since(log_factory: Open, take: Take) -> None:

@@ -103,7 +103,7 @@ class FakeConsumer:
                 ):
                     break
                 self._next[topic] += 1
-                if record.position in self.completed:
+                if record.position in self._log.completed | self.open:
                     continue
                 self.open.add(record.position)
                 received.append(record)
@@ -118,6 +118,7 @@ class FakeConsumer:
         assert self.open.issuperset(fresh), "a position was completed that is not open"
         self.open.difference_update(fresh)
         self.completed += fresh
+        self._log.completed |= set(fresh)
         self.commits.append((fresh, list(outputs)))
         self._log.append(outputs)
 
@@ -129,11 +130,10 @@ class FakeConsumer:
     def give(self) -> None:
         """This member becomes an owner: what is open comes (again)."""
         self._fresh = True
-        done = set(self.completed)
         for topic in self._topics:
             held = self._log.records[topic]
-            here = [r.position.offset for r in held if r.position not in done | self.open]
-            self._next[topic] = min(here, default=len(held))
+            open_ = [r.position.offset for r in held if r.position not in self._log.completed]
+            self._next[topic] = min(open_, default=len(held))
 
     def lost(self) -> list[Position]:
         lost, self.taken = self.taken, []
@@ -179,6 +179,7 @@ class FakeLog:
         self.faults = faults
         self._clock = clock
         self.trims: list[dict[str, float]] = []
+        self.completed: set[Position] = set()
 
     def append(self, records: Sequence[NewRecord]) -> None:
         self.faults.begin("log.append")
@@ -203,6 +204,10 @@ class FakeLog:
     def trim(self, retention_s: dict[str, float]) -> int:
         self.trims.append(retention_s)
         return 0
+
+    def forget(self) -> None:
+        self.records.clear()
+        self.completed.clear()
 
     def outcomes(self) -> list[Outcome]:
         return [decode_outcome(record.value) for record in self.records["results"]]

@@ -639,7 +639,7 @@ STEPS = st.lists(
         [
             "submit", "submit", "serve", "serve", "cancel", "offer", "step", "work", "die",
             "give back", "fail items", "wait", "flush", "fail fleet", "lose fleet", "fail send",
-            "lose send", "fail log", "fail view",
+            "lose send", "fail log", "fail view", "crash",
         ]
     ),
     min_size=5,
@@ -655,13 +655,22 @@ def test_whatever_happens_each_accepted_job_ends_once(
     make_world: Any, make_job: MakeJob, log: Any, fleet: Any, faults: Any, view: Any,
     mailboxes: Any, steps: list[str], random: Any,
 ) -> None:  # fmt: skip
-    log.records.clear()
+    log.forget()
     fleet.flush()
     view.forget()
     mailboxes.take()
     world = make_world(max_jobs=3, max_attempts=5)
     submitted: list[str] = []
-    fleet_calls = ["wait", "completions", "take_slot", "lease", "phases", "offer"]
+    fleet_calls = [
+        "wait",
+        "take_slot",
+        "lease",
+        "phases",
+        "offer",
+        "reports",
+        "forget",
+        "assignments",
+    ]
     faults.before.clear()
     faults.after.clear()
     for step in steps:
@@ -708,6 +717,8 @@ def test_whatever_happens_each_accepted_job_ends_once(
                 faults.fail("log.complete")
             case "fail view":
                 faults.fail("view.ended")
+            case "crash":
+                world = make_world(max_jobs=3, max_attempts=5)
         assert set(world.log.statuses()) <= set(submitted)
         assert_no_job_is_out_twice(world)
     faults.before.clear()
