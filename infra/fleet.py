@@ -106,7 +106,8 @@ class LaneSnapshot(Struct, frozen=True):
 
 
 class DispatcherBeat(Struct, frozen=True, kw_only=True):
-    """What a dispatcher holds right now; for status and explain only."""
+    """What a dispatcher holds right now; for status and explain only. held_back: models (of a tenant)
+    that only make dead letters, and until when their jobs wait."""
 
     slot: int
     pid: int
@@ -120,6 +121,7 @@ class DispatcherBeat(Struct, frozen=True, kw_only=True):
     ended: dict[str, int]
     redispatched: int
     trouble: str | None
+    held_back: dict[str, float] = {}
 
 
 class Phase(NamedTuple):

@@ -81,11 +81,21 @@ def _ahead(dispatchers: list[DispatcherBeat], outcome: Outcome) -> list[str]:
         reasons.append(f"{jobs} jobs are running in {batches} batches.")
     if delayed := sum(beat.delayed for beat in dispatchers):
         reasons.append(f"{delayed} jobs wait for the time of their next attempt.")
+    for beat in dispatchers:
+        reasons += [
+            f"{model} only makes dead letters; its jobs are held back, and one is tried at {clock(at)}."
+            for model, at in beat.held_back.items()
+            if model.startswith(f"{outcome.model}/") and model.endswith(f" of {outcome.tenant}")
+        ]
     if outcome.version and dispatchers:
         model = f"{outcome.model}/{outcome.version}"
         waiting = sum(beat.models.get(model, 0) for beat in dispatchers)
         reasons.append(f"{waiting} of the waiting jobs are for {outcome.model}/{outcome.version}.")
     return reasons
+
+
+def clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
 
 
 def _queue(client: Client, outcome: Outcome) -> list[str]:

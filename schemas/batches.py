@@ -59,7 +59,8 @@ class Assignment(Struct, frozen=True, array_like=True):
 
 
 class ItemOutcome(Struct, frozen=True, array_like=True):
-    """What became of one item: answer (JSON) or ref, else code and message. retry: it may pass next time."""
+    """What became of one item: answer (JSON) or ref, else code and message. retry: it may pass next time.
+    invalid: the job itself is wrong, whatever the model."""
 
     answer: bytes | None = None
     ref: Ref | None = None
@@ -67,6 +68,7 @@ class ItemOutcome(Struct, frozen=True, array_like=True):
     message: str | None = None
     retry: bool = False
     times: StageTimes = StageTimes()
+    invalid: bool = False
 
 
 class Completion(Struct, frozen=True, array_like=True):

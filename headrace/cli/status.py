@@ -206,6 +206,13 @@ def _show_jobs(found: Status) -> None:
             f"dispatcher {beat.slot}: {waiting} jobs waiting, {beat.delayed} delayed, {beat.running_jobs} running in "
             f"{beat.running} batches; ended since its start: {ended or 'none'}"
         )
+        for model, until in beat.held_back.items():
+            wait = _duration(max(0.0, until - time.time()))
+            console.print(
+                f"{model} only makes dead letters: held back, the next one is tried in {wait}",
+                style="yellow",
+                markup=False,
+            )
         if beat.trouble:
             console.print(f"Dispatcher {beat.slot} is in trouble: {beat.trouble}", style="yellow")
     for worker in found.workers:

@@ -11,6 +11,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from workers.dispatcher.memory import OpenJob
+
 if TYPE_CHECKING:
     from infra.settings import BreakerSettings
 
@@ -21,6 +23,10 @@ class CircuitKey(NamedTuple):
     model: str
     version: int
     tenant: str
+
+
+def circuit_of(job: OpenJob) -> CircuitKey:
+    return CircuitKey(job.card.name, job.card.version, job.job.tenant)
 
 
 @dataclass(slots=True)

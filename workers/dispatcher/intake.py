@@ -14,6 +14,7 @@ from schemas.jobs import CANCEL_TYPE, read_job
 from schemas.topics import CONTROL, JOB_TOPICS, RETRY, lane_of
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
+from workers.dispatcher.breaker import Breaker, circuit_of
 from workers.dispatcher.leases import Leases
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes
@@ -40,6 +41,7 @@ class Intake:
         batcher: Batcher,
         leases: Leases,
         outcomes: Outcomes,
+        breaker: Breaker,
         window_bytes: int,
     ) -> None:
         self._consumer = consumer
@@ -50,6 +52,7 @@ class Intake:
         self._batcher = batcher
         self._leases = leases
         self._outcomes = outcomes
+        self._breaker = breaker
         self._window_bytes = window_bytes
         self._delayed: dict[str, OpenJob] = {}
         self._wake_at: list[tuple[float, int, OpenJob]] = []
@@ -104,7 +107,14 @@ class Intake:
             if job.job.deadline_at <= now:
                 self._outcomes.end(job.job, job.at, "expired", now)
             else:
-                self._batcher.add([job])
+                self._queue(job, now)
+
+    def hold_back(self, now: float) -> None:
+        """Take out what waits for models that only make dead letters."""
+        for job in list(self._batcher):
+            if not self._breaker.allows(circuit_of(job), now):
+                self._batcher.remove(job.job.id)
+                self._defer(job, now)
 
     def expire(self, now: float) -> None:
         """End what waited past its deadline."""
@@ -162,7 +172,20 @@ class Intake:
             self._delayed[job.job.id] = job
             heapq.heappush(self._wake_at, (wake_at, job.order, job))
         else:
+            self._queue(job, now)
+
+    def _queue(self, job: OpenJob, now: float) -> None:
+        """Let it wait for a slot; or in the retry topic, while jobs like it are held back."""
+        key = circuit_of(job)
+        if self._breaker.allows(key, now):
+            self._breaker.sent(key, now)
             self._batcher.add([job])
+        else:
+            self._defer(job, now)
+
+    def _defer(self, job: OpenJob, now: float) -> None:
+        until = self._breaker.retry_at(circuit_of(job)) or now
+        self._outcomes.defer(job.job, job.at, until, now)
 
     def _hear_control(self, now: float) -> None:
         for record in self._control.receive():

@@ -109,6 +109,8 @@ class Dispatcher:
         if signals.rung:
             self._expected_until = self.monotonic() + RUNG_S
         self.settlement.settle(signals.completions, self.wall())
+        if self.settlement.tripped():
+            self.intake.hold_back(self.wall())
 
     def _act(self, draining: bool) -> None:
         if draining:

@@ -17,7 +17,7 @@ from infra.fleet import DispatcherBeat, Fleet, LaneSnapshot
 from infra.job_view import JobView
 from infra.logs import configure_logs, get_logger
 from infra.objects import connect_objects
-from infra.redis_client import connect_redis
+from infra.redis_client import connect_redis, connect_view
 from infra.settings import Settings, load_settings
 from infra.tasks import Mailboxes, make_app
 from schemas.errors import Transient
@@ -25,6 +25,7 @@ from schemas.jobs import CANCEL_TYPE
 from schemas.topics import CONTROL, TOPIC_BY_NAME
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
+from workers.dispatcher.breaker import Breaker
 from workers.dispatcher.fairness import LaneClock
 from workers.dispatcher.intake import TOPICS, Intake
 from workers.dispatcher.janitor import Janitor
@@ -82,7 +83,7 @@ class Process:
         self.consumer = log.consumer(GROUP, TOPICS, window=options.window)
         self.batcher = Batcher(LaneClock(), options.batch_bytes)
         self.leases = Leases(options.lease_s)
-        view = JobView(redis, options.slot)
+        view = JobView(connect_view(settings), options.slot)
         self.view_writer = ViewWriter(view, log, ViewTtl(settings.view_ttl_s, settings.view_jobs))
         self.outcomes = Outcomes(
             self.consumer,
@@ -90,7 +91,10 @@ class Process:
             self.view_writer,
             RetryPolicy(options.retry_base_s, options.retry_cap_s),
         )
-        self.settlement = Settlement(self.leases, self.memory, self.batcher, self.outcomes)
+        self.breaker = Breaker(settings.breaker)
+        self.settlement = Settlement(
+            self.leases, self.memory, self.batcher, self.outcomes, self.breaker
+        )
         objects = connect_objects(settings)
         catalogue = Catalogue(objects)
         self.janitor = Janitor(log, objects)
@@ -115,6 +119,7 @@ class Process:
             self.batcher,
             self.leases,
             self.outcomes,
+            self.breaker,
             options.window_bytes,
         )
         self.dispatcher = Dispatcher(
@@ -203,6 +208,10 @@ class Process:
             running_jobs=sum(len(lease.held) for lease in self.leases),
             ended=dict(self.outcomes.counts),
             redispatched=self.settlement.redispatched,
+            held_back={
+                f"{key.model}/{key.version} of {key.tenant}": at
+                for key, at in self.breaker.open_keys().items()
+            },
             trouble=self.trouble,
         )
 

@@ -8,6 +8,7 @@ from infra.logs import get_logger
 from schemas.batches import DEADLINE_PASSED, Completion, ItemOutcome
 from schemas.errors import InferenceFailed, PipelineError
 from workers.dispatcher.batching import Batcher
+from workers.dispatcher.breaker import Breaker, circuit_of
 from workers.dispatcher.leases import Lease, Leases
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes
@@ -23,13 +24,20 @@ logger = get_logger("dispatcher")
 
 class Settlement:
     def __init__(
-        self, leases: Leases, memory: JobMemory, batcher: Batcher, outcomes: Outcomes
+        self,
+        leases: Leases,
+        memory: JobMemory,
+        batcher: Batcher,
+        outcomes: Outcomes,
+        breaker: Breaker,
     ) -> None:
         self._leases = leases
         self._memory = memory
         self._batcher = batcher
         self._outcomes = outcomes
+        self._breaker = breaker
         self._settled: list[str] = []
+        self._tripped = False
         self.redispatched = 0
 
     def settle(self, completions: Iterable[Completion], now: float) -> None:
@@ -56,6 +64,11 @@ class Settlement:
         """Batches whose every job was judged here, or is to run again, since the last call."""
         settled, self._settled = self._settled, []
         return settled
+
+    def tripped(self) -> bool:
+        """Whether the breaker opened since the last call: jobs that wait may have to be held back."""
+        tripped, self._tripped = self._tripped, False
+        return tripped
 
     def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
         """A batch's worker is gone. Jobs that were being run are suspect; all others just go again."""
@@ -91,10 +104,11 @@ class Settlement:
         elif now >= job.job.deadline_at or item.code == DEADLINE_PASSED:
             self._outcomes.end(job.job, job.at, "expired", now)
         elif item.code is None:
+            self._breaker.record(circuit_of(job), True, now)
             self._outcomes.answer(job.job, job.at, item, worker, now)
         else:
             error = PipelineError(item.code, item.message or item.code)
-            self._failed(job, error, now, passing=item.retry, suspect=False)
+            self._failed(job, error, now, passing=item.retry, suspect=False, invalid=item.invalid)
 
     def _run_again(self, job: OpenJob, now: float) -> None:
         """As if it had never been sent; nobody is charged."""
@@ -104,8 +118,16 @@ class Settlement:
             self._batcher.add([job])
 
     def _failed(
-        self, job: OpenJob, error: PipelineError, now: float, *, passing: bool, suspect: bool
+        self,
+        job: OpenJob,
+        error: PipelineError,
+        now: float,
+        *,
+        passing: bool,
+        suspect: bool,
+        invalid: bool = False,
     ) -> None:
+        """passing: another attempt may mend it. invalid: the model is not to blame."""
         if self._memory.is_cancelled(job.job.id):
             self._outcomes.end(job.job, job.at, "cancelled", now)
         elif error.code in OUTAGES or (
@@ -113,6 +135,8 @@ class Settlement:
         ):
             self._outcomes.retry(job.job, job.at, now, suspect=suspect)
         else:
+            if not invalid:
+                self._tripped |= self._breaker.record(circuit_of(job), False, now)
             self._outcomes.fail(job.job, job.at, error, now)
 
 

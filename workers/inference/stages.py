@@ -20,7 +20,7 @@ from infra.logs import get_logger
 from infra.objects import ObjectStore
 from pipelines.model import LoadedModel, Row
 from schemas.batches import DEADLINE_PASSED, Batch, BatchItem, ItemOutcome
-from schemas.errors import InferenceFailed, PipelineError, Transient
+from schemas.errors import InferenceFailed, InvalidJob, PipelineError, Transient
 from schemas.payloads import RESULT_INLINE_LIMIT_BYTES, Ref, result_key
 from schemas.results import StageTimes
 
@@ -164,7 +164,8 @@ def failed(error: Exception) -> ItemOutcome:
     known = _as_pipeline_error(error)
     # A bare PipelineError is about this deployment (wrong credentials, a missing bucket), not about the job.
     passing = isinstance(known, Transient) or type(known) is PipelineError
-    return ItemOutcome(code=known.code, message=known.message, retry=passing)
+    invalid = isinstance(known, InvalidJob)
+    return ItemOutcome(code=known.code, message=known.message, retry=passing, invalid=invalid)
 
 
 def _as_pipeline_error(error: Exception) -> PipelineError:

@@ -11,6 +11,7 @@ import pytest
 
 from infra.eventlog import NewRecord, Position
 from infra.fleet import Seat, SlotToken
+from infra.settings import BreakerSettings
 from schemas.batches import Batch, Completion, ItemOutcome
 from schemas.errors import InvalidJob, Transient
 from schemas.jobs import Job, job_headers, job_value
@@ -18,6 +19,7 @@ from schemas.models import ModelCard
 from schemas.topics import CONTROL, lane_of
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
+from workers.dispatcher.breaker import Breaker
 from workers.dispatcher.fairness import LaneClock
 from workers.dispatcher.intake import TOPICS, Intake
 from workers.dispatcher.leases import Leases
@@ -174,6 +176,7 @@ def make_world(
         batch_bytes: int = 8 * 1024 * 1024,
         keys_window_s: float = 24 * 3600,
         keys_most: int = 1000,
+        breaker_settings: BreakerSettings | None = None,
         **card: Any,
     ) -> World:
         models = Models(make_card(**card))
@@ -183,7 +186,8 @@ def make_world(
         leases = Leases(LEASE_S)
         view_writer = ViewWriter(view, log, ViewTtl(VIEW_TTL_S, VIEW_JOBS))
         outcomes = Outcomes(consumer, memory, view_writer, RetryPolicy(RETRY_BASE_S, RETRY_CAP_S))
-        settlement = Settlement(leases, memory, batcher, outcomes)
+        breaker = Breaker(breaker_settings or BreakerSettings())
+        settlement = Settlement(leases, memory, batcher, outcomes, breaker)
         admitter = Admitter(models.resolve, memory, MAX_DEADLINE_S)
         ownership = Ownership(
             consumer, log, fleet, memory, batcher, leases, outcomes, view_writer, keys_window_s,
@@ -191,7 +195,16 @@ def make_world(
         )  # fmt: skip
         control = log.follow([CONTROL], 0)
         intake = Intake(
-            consumer, control, ownership, admitter, memory, batcher, leases, outcomes, window_bytes
+            consumer,
+            control,
+            ownership,
+            admitter,
+            memory,
+            batcher,
+            leases,
+            outcomes,
+            breaker,
+            window_bytes,
         )
         dispatcher = Dispatcher(
             slot=0,

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.fleet import SlotToken, WorkerBeat
+from infra.settings import BreakerSettings
 from schemas.batches import ItemOutcome
 from schemas.errors import Transient
 from schemas.jobs import Job
@@ -781,3 +782,73 @@ def test_draining_with_jobs_that_wait_does_not_spin(world: Any, make_job: MakeJo
     world.step(3, draining=True)
 
     assert all(timeout_s == IDLE_S for _, timeout_s in world.fleet.waits)
+
+
+# ── a flood of dead letters ──────────────────────────────────────────────────────────────────────
+
+BROKEN = ItemOutcome(code="step_failed", message="A step raised.")
+WRONG = ItemOutcome(code="image_truncated", message="Ends too early.", invalid=True)
+BREAKER = BreakerSettings(consecutive=5, cooldown_s=30)
+
+
+def fail_all(world: Any, item: ItemOutcome, rounds: int = 5) -> int:
+    """Workers that answer everything alike; how many jobs they were given."""
+    given = 0
+    for _ in range(rounds):
+        world.offer()
+        world.clock.advance(0.3)
+        world.step(2)
+        for batch in world.fetched():
+            given += len(batch.items)
+            world.report(batch, [item for _ in batch.items])
+    world.step()
+    return given
+
+
+def test_a_model_that_only_makes_dead_letters_is_held_back_and_tried_now_and_then(
+    make_world: Any, make_job: MakeJob
+) -> None:
+    world = make_world(max_jobs=5, breaker_settings=BREAKER)
+    world.submit(*(make_job() for _ in range(50)))
+
+    given = fail_all(world, BROKEN)
+
+    assert given < 20
+    assert len(world.log.statuses()) == given
+    assert len(world.memory.open) == 50 - given
+    world.clock.advance(30)
+    assert fail_all(world, BROKEN) == 1
+
+
+def test_a_probe_that_succeeds_lets_the_others_go(make_world: Any, make_job: MakeJob) -> None:
+    world = make_world(max_jobs=5, breaker_settings=BREAKER)
+    world.submit(*(make_job() for _ in range(50)))
+    fail_all(world, BROKEN)
+
+    world.clock.advance(30)
+    finish(world, rounds=100)
+
+    statuses = list(world.log.statuses().values())
+    assert len(statuses) == 50
+    assert statuses.count("failed") < 20
+
+
+def test_other_tenants_go_on(make_world: Any, make_job: MakeJob) -> None:
+    world = make_world(max_jobs=5, breaker_settings=BREAKER)
+    world.submit(*(make_job() for _ in range(20)))
+    fail_all(world, BROKEN)
+
+    world.submit(make_job(id="other", tenant="other"))
+    finish_one = fail_all(world, ItemOutcome(b"{}"), rounds=1)
+
+    assert finish_one == 1
+    assert world.log.statuses()["other"] == "succeeded"
+
+
+def test_jobs_that_are_wrong_themselves_are_no_fault_of_the_model(
+    make_world: Any, make_job: MakeJob
+) -> None:
+    world = make_world(max_jobs=5, breaker_settings=BREAKER)
+    world.submit(*(make_job() for _ in range(50)))
+
+    assert fail_all(world, WRONG, rounds=12) == 50

@@ -11,11 +11,12 @@ import msgspec
 import pytest
 
 from infra.eventlog import Fenced, NewRecord
-from infra.settings import load_settings
+from infra.settings import BreakerSettings, load_settings
 from schemas.errors import Transient
 from schemas.jobs import Job
 from schemas.topics import CONTROL, KEYS, TOPIC_BY_NAME
 from workers.dispatcher import main as dispatcher_main
+from workers.dispatcher.breaker import Breaker
 from workers.dispatcher.main import EXIT_FENCED, Process, recall_cancels
 from workers.dispatcher.memory import JobMemory
 
@@ -41,6 +42,7 @@ def sleeps(monkeypatch: pytest.MonkeyPatch, clock: Any) -> list[float]:
 def process(world: Any, log: Any, fleet: Any, tmp_path: Any, sleeps: list[float]) -> Process:
     """A process around the parts of the test's world, without the connections it would open."""
     process = Process.__new__(Process)
+    process.breaker = Breaker(BreakerSettings())
     process.settings = load_settings(data_dir=tmp_path)
     process.log = log
     process.fleet = fleet
