@@ -81,7 +81,10 @@ class Dispatcher:
         self._commit()
         try:
             self._listen(draining)
-            self._act(draining)
+            if not len(self.batcher):
+                self._commit()  # no slot stands idle for it, and somebody waits for these results
+            if not draining:
+                self._take_in()
             self._tidy(self.wall())
         except Transient:
             # Workers could not renew their leases either: give them time to, once Redis is back.
@@ -112,9 +115,7 @@ class Dispatcher:
         if self.settlement.tripped():
             self.intake.hold_back(self.wall())
 
-    def _act(self, draining: bool) -> None:
-        if draining:
-            return
+    def _take_in(self) -> None:
         try:
             if self.intake.receive(self.wall()):
                 self._expected_until = 0.0
