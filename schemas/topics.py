@@ -42,6 +42,10 @@ def dead_letter_topic(topic: str) -> str:
     return f"{topic}.dlq"
 
 
+def is_dead_letter_topic(topic: str) -> bool:
+    return topic.endswith(".dlq")
+
+
 JOB_TOPICS: tuple[str, ...] = tuple(jobs_topic(m, lane) for m in MODALITIES for lane in LANES)
 
 TOPICS: tuple[Topic, ...] = (

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from types import FrameType
 
 from infra.catalogue import Catalogue
@@ -14,13 +14,15 @@ from infra.embedded import announce_ready
 from infra.eventlog import EventLog, Fenced
 from infra.eventlog.open import connect_log
 from infra.fleet import DispatcherBeat, Fleet, LaneSnapshot
+from infra.health import Health, serve_health
 from infra.job_view import JobView
 from infra.logs import configure_logs, get_logger
 from infra.objects import connect_objects
+from infra.preconditions import preconditions
 from infra.redis_client import connect_redis, connect_view
 from infra.settings import Settings, load_settings
 from infra.tasks import Mailboxes, make_app
-from schemas.errors import Transient
+from schemas.errors import PipelineError, Transient
 from schemas.jobs import CANCEL_TYPE
 from schemas.topics import CONTROL, TOPIC_BY_NAME
 from workers.dispatcher.admit import Admitter
@@ -43,6 +45,7 @@ TROUBLE_PAUSE_S = 0.2
 DRAIN_S = 1.0
 """What is out for longer is adopted by this slot's next process, or by whoever gets its records."""
 
+EXIT_FAILED = 1
 EXIT_FENCED = 75
 
 logger = get_logger("dispatcher")
@@ -58,13 +61,15 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    log = connect_log(settings)
     try:
-        process = Process(settings, log)
-        announce_ready(settings, "dispatcher")
-        return process.run(stop)
-    finally:
-        log.close()
+        preconditions(settings)
+        with closing(connect_log(settings)) as log:
+            process = Process(settings, log)
+            announce_ready(settings, "dispatcher")
+            return process.run(stop)
+    except PipelineError as error:
+        logger.error("failed", code=error.code, error=error.message)
+        return EXIT_FAILED
 
 
 class Process:
@@ -74,6 +79,8 @@ class Process:
         options = settings.dispatcher
         redis = connect_redis(settings)
         self.settings = settings
+        self.health = Health()
+        serve_health(settings, self.health)
         self.log = log
         self.fleet = Fleet(redis)
         self.memory = JobMemory(options.dedupe_window_s, options.dedupe_jobs)
@@ -141,9 +148,11 @@ class Process:
     def run(self, stop: threading.Event) -> int:
         threading.Thread(target=self.janitor.run, args=(stop,), name="janitor", daemon=True).start()
         try:
+            self.health.ready = True
             while not stop.is_set():
                 self.guarded_step(draining=False)
                 self.housekeep()
+            self.health.ready = False
             drain_until = time.monotonic() + DRAIN_S
             while (self.leases or self.outcomes) and time.monotonic() < drain_until:
                 self.guarded_step(draining=True)
@@ -172,6 +181,7 @@ class Process:
             self.trouble = None
 
     def housekeep(self) -> None:
+        self.health.progress()
         now = time.monotonic()
         if now >= self._beat_at:
             self._beat_at = now + BEAT_EVERY_S

@@ -11,13 +11,16 @@ import msgspec
 
 from infra.eventlog import Consumer, NewRecord, Position, Record
 from infra.job_view import Ended
+from infra.logs import get_logger
 from schemas.batches import ItemOutcome
-from schemas.errors import PipelineError
+from schemas.errors import InvalidJob, PipelineError
 from schemas.jobs import Job, job_headers, job_value, retry_headers
 from schemas.results import Outcome, Status, encode_outcome, outcome_of, result_headers
-from schemas.topics import KEYS, RESULTS, RETRY, dead_letter_topic
+from schemas.topics import KEYS, RESULTS, RETRY, dead_letter_topic, is_dead_letter_topic
 from workers.dispatcher.memory import JobMemory, fingerprint_of, is_keyed
 from workers.dispatcher.view_writer import ViewWriter
+
+logger = get_logger("dispatcher")
 
 
 class RetryPolicy:
@@ -123,15 +126,33 @@ class Outcomes:
     def commit(self, now: float) -> None:
         """Write everything gathered as one transaction, then show it.
 
-        Raises Transient or Fenced from the log; then nothing was written.
+        Raises Transient or Fenced from the log; then what was not written stays for the next.
         """
-        if not self._written:
+        try:
+            self._write(list(self._written), now)
+        except InvalidJob:
+            self._write_singly(now)
+
+    def _write(self, positions: list[Position], now: float) -> None:
+        if not positions:
             return
-        written = list(self._written.values())
-        outputs = [record for one in written for record in one.outputs]
-        self._consumer.complete(list(self._written), outputs)
-        self._written = {}
+        written = [self._written[at] for at in positions]
+        self._consumer.complete(positions, [record for one in written for record in one.outputs])
+        for at in positions:
+            del self._written[at]
         self._view.show([one.ended for one in written if one.ended], now)
+
+    def _write_singly(self, now: float) -> None:
+        """The log does not take one of the records for its size: that can only be a dead letter, which goes
+        without its value. The original is where its headers say, for as long as its topic keeps it."""
+        for at in list(self._written):
+            try:
+                self._write([at], now)
+            except InvalidJob as error:
+                logger.warning("dead_letter_without_value", at=at, error=error.message)
+                lighter = [_without_value(record) for record in self._written[at].outputs]
+                self._written[at] = self._written[at]._replace(outputs=lighter)
+                self._write([at], now)
 
     def _move(self, job: Job, at: Position, now: float) -> None:
         again = NewRecord(RETRY, job.id, retry_headers(job), job_value(job))
@@ -147,6 +168,13 @@ class Outcomes:
         self.counts[outcome.status] += 1
         shown = Ended(job.id, value, job.reply_to)
         self._written[at] = Written([result, *letter, *_key(job)], job, shown)
+
+
+def _without_value(record: NewRecord) -> NewRecord:
+    if not is_dead_letter_topic(record.topic):
+        return record
+    dropped = {"x-value-dropped": f"{len(record.value)} bytes"}
+    return record._replace(headers=record.headers | dropped, value=b"")
 
 
 def _key(job: Job) -> Iterator[NewRecord]:

@@ -22,7 +22,7 @@ from schemas.batches import (
     decode_completion,
     encode,
 )
-from schemas.errors import Transient
+from schemas.errors import InvalidJob, Transient
 from schemas.results import Outcome, decode_outcome
 
 
@@ -114,6 +114,10 @@ class FakeConsumer:
         fresh = list(positions)
         if moved := set(self.taken) & set(fresh):
             raise Moved(f"{moved} moved")
+        for output in outputs:
+            size = len(output.value)
+            if size > self._log.largest_bytes:
+                raise InvalidJob("record_too_large", f"{size} bytes")
         assert len(set(fresh)) == len(fresh), "a position was completed twice in one transaction"
         assert self.open.issuperset(fresh), "a position was completed that is not open"
         self.open.difference_update(fresh)
@@ -180,6 +184,7 @@ class FakeLog:
         self._clock = clock
         self.trims: list[dict[str, float]] = []
         self.completed: set[Position] = set()
+        self.largest_bytes = 2**30
 
     def append(self, records: Sequence[NewRecord]) -> None:
         self.faults.begin("log.append")

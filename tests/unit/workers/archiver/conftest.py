@@ -78,6 +78,10 @@ class Watched:
         return getattr(self._inner, name)
 
 
+def watch(objects: ObjectStore, moments: Moments) -> Any:
+    return Watched(objects, ("put", "get", "delete", "list"), moments)
+
+
 @dataclass
 class Clock:
     now: float = 0.0
@@ -96,14 +100,16 @@ class World:
     def open_log(self, name: str = "log") -> EventLog:
         return open_log(f"sqlite://{self.folder / name}.db")
 
-    def archiver(self, limits: Limits = LARGE, moments: Moments | None = None, **more: Any) -> Archiver:
+    def archiver(
+        self, limits: Limits = LARGE, moments: Moments | None = None, **more: Any
+    ) -> Archiver:
         moments = moments or Moments()
 
         def join() -> Any:
             consumer = self.log.consumer(GROUP, [RESULTS], window=16_384)
             return Watched(consumer, ("complete",), moments)
 
-        objects: Any = Watched(self.objects, ("put", "get", "delete", "list"), moments)
+        objects: Any = watch(self.objects, moments)
         more = {"memory_bytes": 2**26, "clock": self.clock} | more
         return Archiver(join, Archive(objects), limits, **more)
 
@@ -136,7 +142,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr("workers.archiver.loop.RECEIVE_S", 0)
     made = World(tmp_path)
     yield made
     made.log.close()
@@ -179,3 +186,8 @@ def moments() -> type[Moments]:
 @pytest.fixture
 def killed() -> type[Killed]:
     return Killed
+
+
+@pytest.fixture
+def watched() -> Callable[[ObjectStore, Moments], Any]:
+    return watch

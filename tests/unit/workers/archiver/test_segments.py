@@ -81,9 +81,7 @@ def test_every_outcome_comes_back_from_its_row(outcome: Outcome) -> None:
     (found,) = outcomes_of(read_parquet(parquet(table_of([outcome]))), outcome.job_id)
     assert found.submitted_at == pytest.approx(outcome.submitted_at, abs=1e-6, rel=0)
     assert found.finished_at == (
-        None
-        if outcome.finished_at is None
-        else pytest.approx(outcome.finished_at, abs=1e-6, rel=0)
+        None if outcome.finished_at is None else pytest.approx(outcome.finished_at, abs=1e-6, rel=0)
     )
     same = msgspec.structs.replace(
         found, submitted_at=outcome.submitted_at, finished_at=outcome.finished_at

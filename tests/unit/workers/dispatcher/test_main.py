@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from infra.eventlog import Fenced, NewRecord
+from infra.health import Health
 from infra.settings import BreakerSettings, load_settings
 from schemas.errors import Transient
 from schemas.jobs import Job
@@ -42,7 +43,7 @@ def sleeps(monkeypatch: pytest.MonkeyPatch, clock: Any) -> list[float]:
 def process(world: Any, log: Any, fleet: Any, tmp_path: Any, sleeps: list[float]) -> Process:
     """A process around the parts of the test's world, without the connections it would open."""
     process = Process.__new__(Process)
-    process.breaker = Breaker(BreakerSettings())
+    process.breaker, process.health = Breaker(BreakerSettings()), Health()
     process.settings = load_settings(data_dir=tmp_path)
     process.log = log
     process.fleet = fleet

@@ -9,6 +9,7 @@ import pytest
 
 from schemas.batches import Completion, ItemOutcome
 from schemas.jobs import Job, read_job
+from schemas.payloads import Payload
 from schemas.topics import RETRY
 from workers.dispatcher.leases import Lease
 from workers.dispatcher.settle import MAX_DISPATCHES
@@ -335,3 +336,21 @@ def test_a_key_stays_taken_while_its_job_is_on_its_way_to_another_attempt(
         world.outcomes.commit(world.clock.wall())
 
     assert [job.job.params for job in world.batcher] == [{}]
+
+
+def test_a_dead_letter_too_large_for_the_log_goes_without_its_value(
+    world: Any, run: Any, make_job: MakeJob
+) -> None:
+    """And neither its job nor its neighbours in the transaction are kept from their ends."""
+    small, large = (Payload("text/plain", data=b"x" * size) for size in (4500, 5000))
+    run(make_job(id="a", payload=small), make_job(id="large", payload=large))
+    world.log.largest_bytes = 2000
+
+    settle(world, GOOD, FOR_GOOD)
+
+    assert world.log.statuses() == {"a": "succeeded", "large": "failed"}
+    (letter,) = world.log.records["jobs.text.standard.dlq"]
+    assert letter.value == b""
+    assert letter.headers["x-value-dropped"] == "5000 bytes"
+    assert letter.headers["x-original-offset"] == "1"
+    assert len(world.outcomes) == 0
