@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+LOCK_ROLE = $(LOCK) -c requirements/dev.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-long demo up bench lock clean
+.PHONY: help setup check format test test-long demo up up-real bench lock clean
 
 help: ## show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -35,12 +38,20 @@ demo: setup ## three real models, real inputs, the answers in a table
 up: setup ## the embedded stack in the foreground
 	$(BIN)/headrace up
 
+up-real: setup ## the processes of docker-compose.yml on Kafka, Redis and MinIO, without containers
+	$(BIN)/python -m tests.servers.layout $(ARGS)
+
 bench: setup ## figures of docs/performance.md, measured here
 	$(BIN)/python -m bench
 
 lock: ## compile requirements/*.txt anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev -o requirements/dev.txt pyproject.toml requirements/build.in
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements/main.txt pyproject.toml
+	$(LOCK) --extra dev -o requirements/dev.txt pyproject.toml requirements/build.in
+	$(LOCK) -o requirements/main.txt pyproject.toml
+	$(LOCK_ROLE) -o requirements/build.txt requirements/build.in
+	$(LOCK_ROLE) -o requirements/dispatcher.txt requirements/dispatcher.in
+	$(LOCK_ROLE) -o requirements/archiver.txt requirements/archiver.in
+	$(LOCK_ROLE) --extra kafka --extra s3 -o requirements/worker.txt pyproject.toml
+	$(LOCK_ROLE) --extra kafka --extra s3 --excludes requirements/worker-gpu.excludes -o requirements/worker-gpu.txt pyproject.toml requirements/worker-gpu.in
 
 clean: ## remove the virtual environment and caches of tools
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -51,6 +51,8 @@ def configure_logs(process: str, level: str = "info", stream: TextIO | None = No
     root.handlers[:] = [handler]
     root.setLevel(max(_level(level), logging.WARNING) if level != "debug" else logging.DEBUG)
     logging.getLogger("headrace").setLevel(_level(level))
+    # What matters of its many lines comes to us as an error, and is logged or raised by us.
+    logging.getLogger("kafka").setLevel(logging.DEBUG if level == "debug" else logging.CRITICAL)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from infra.redis_client import ANSWER_S, is_tls, tls_options
 from infra.settings import Settings
 from schemas.batches import RUN_BATCH
 from schemas.errors import Transient
@@ -18,8 +19,10 @@ VISIBILITY_TIMEOUT_S = 7 * 24 * 3600
 
 
 def make_app(settings: Settings) -> Celery:
-    app = Celery("headrace", broker=_broker_url(settings.redis_address), set_as_current=False)
+    url = settings.redis_address
+    app = Celery("headrace", broker=_broker_url(url), set_as_current=False)
     app.conf.update(
+        broker_use_ssl=tls_options(settings.redis) if is_tls(url) else None,
         task_serializer="json",
         accept_content=["json"],
         task_ignore_result=True,
@@ -38,7 +41,8 @@ def make_app(settings: Settings) -> Celery:
             "visibility_timeout": VISIBILITY_TIMEOUT_S,
             # Without this one failed acknowledgement stops the worker for good (celery#8030).
             "retry_on_timeout": True,
-            "socket_timeout": 10,
+            "socket_timeout": ANSWER_S,
+            "socket_connect_timeout": ANSWER_S,
             "health_check_interval": 10,
             "global_keyprefix": "headrace:celery:",
         },
@@ -83,5 +87,6 @@ class Mailboxes:
 def _broker_url(address: str) -> str:
     """Celery's spelling of a Redis address."""
     if address.startswith("unix://"):
-        return "redis+socket://" + address.removeprefix("unix://")
+        path = address.removeprefix("unix://").replace("?db=", "?virtual_host=")
+        return f"redis+socket://{path}"
     return address

@@ -20,22 +20,24 @@ from infra.eventlog import EventLog, NewRecord
 from infra.eventlog.open import connect_log
 from infra.fleet import Fleet
 from infra.job_view import JobView
+from infra.lake import find_in_lake
 from infra.objects import ObjectStore, connect_objects
-from infra.redis_client import Redis, connect_redis
+from infra.redis_client import Redis, connect_redis, connect_view
 from infra.settings import Settings, load_settings
+from producers.deadletters import DeadLetters
 from producers.job_search import find_job
 from producers.payloads import make_payload
 from producers.waiting import Ears, Waiter
 from schemas.admission import check_deadline, check_limits
 from schemas.errors import InvalidJob, JobFailed, Transient
 from schemas.jobs import (
-    CANCEL_TYPE,
     DEFAULT_DEADLINE_S,
     JOB_ID,
     KEY_LIMIT_CHARS,
     PRIORITIES,
     TENANT,
     Job,
+    cancel_headers,
     job_headers,
     job_value,
     new_job_id,
@@ -43,8 +45,9 @@ from schemas.jobs import (
     plain_params,
 )
 from schemas.models import ModelCard
+from schemas.proof import TenantKeys, signed
 from schemas.results import NO_ANSWER, Outcome, StageTimes
-from schemas.topics import CONTROL, LANES, jobs_topic
+from schemas.topics import CONTROL, DAY_S, LANES, jobs_topic
 
 if TYPE_CHECKING:
     from producers.payloads import Submittable
@@ -230,21 +233,27 @@ class Client:
             (seen,) = self._view.get([job_id])
         except Transient:
             seen = None
-        seen = seen or find_job(self.log, job_id)
+        seen = seen or find_job(self.log, job_id) or self._find_in_lake(job_id)
         if seen is None:
             raise InvalidJob(
-                "job_unknown", f"No job {job_id} in the log of {self.settings.data_dir}."
+                "job_unknown",
+                f"No job {job_id} in the log of {self.settings.data_dir}, nor in its lake.",
             )
         return seen
 
     def cancel(self, job_id: str) -> None:
         """Ask to cancel. A job that has not ended when the dispatcher hears of it ends as cancelled."""
         _check_id(job_id)
-        self.log.append([NewRecord(CONTROL, job_id, {"ce_type": CANCEL_TYPE}, b"")])
+        self.log.append([NewRecord(CONTROL, job_id, cancel_headers(self.tenant, job_id), b"")])
 
     def models(self) -> list[ModelCard]:
         """What is installed."""
         return self._catalogue.cards()
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """To look at jobs that failed, of any tenant, and to submit them again."""
+        return DeadLetters(self.log, self._keys, self.settings.dispatcher.max_deadline_s)
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -253,8 +262,9 @@ class Client:
             self._ears.close()
         if "log" in self.__dict__:
             self.log.close()
-        if "_redis" in self.__dict__:
-            self._redis.close()
+        for name in ("_redis", "_view_redis"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
 
     def __enter__(self) -> Client:
         return self
@@ -268,12 +278,20 @@ class Client:
         self.close()
 
     @cached_property
+    def _keys(self) -> TenantKeys:
+        return self.settings.tenants.secrets()
+
+    @cached_property
     def _redis(self) -> Redis:
         return connect_redis(self.settings)
 
     @cached_property
+    def _view_redis(self) -> Redis:
+        return connect_view(self.settings)
+
+    @cached_property
     def _view(self) -> JobView:
-        return JobView(self._redis)
+        return JobView(self._view_redis)
 
     @cached_property
     def log(self) -> EventLog:
@@ -299,6 +317,9 @@ class Client:
     @cached_property
     def _ears(self) -> Ears:
         return Ears(lambda: self._view.notices(self.id))
+
+    def _find_in_lake(self, job_id: str) -> Outcome | None:
+        return find_in_lake(self._objects, job_id, self.settings.dispatcher.max_deadline_s / DAY_S)
 
     # ── parts of submit ──────────────────────────────────────────────────────────────────────────
 
@@ -335,7 +356,7 @@ class Client:
             traceparent=new_traceparent(),
         )
         check_limits(job, card)
-        return job
+        return signed(job, self._keys)
 
     def _append(self, jobs: Sequence[Job]) -> None:
         self.log.append([NewRecord(j.topic, j.id, job_headers(j), job_value(j)) for j in jobs])

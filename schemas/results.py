@@ -7,7 +7,9 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from schemas.jobs import Job, rfc3339
+from schemas.cloudevents import SPEC_VERSION
+from schemas.fields import rfc3339
+from schemas.jobs import Job
 from schemas.payloads import Ref
 
 RESULT_TYPE = "io.headrace.result.v1"
@@ -90,7 +92,7 @@ def decode_outcome(value: bytes) -> Outcome:
 def result_headers(outcome: Outcome) -> dict[str, str]:
     """Headers of a result event; its value is `encode_outcome(outcome)`."""
     return {
-        "ce_specversion": "1.0",
+        "ce_specversion": SPEC_VERSION,
         "ce_type": RESULT_TYPE,
         "ce_source": "/dispatcher",
         "ce_id": outcome.job_id,

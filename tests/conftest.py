@@ -11,13 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests.servers.process import NOT_TESTED
 
 if TYPE_CHECKING:
     from infra.embedded.record import StackState
@@ -205,6 +208,23 @@ class Stack:
         finally:
             log.close()
         return {topic: lag for topic, lag in lags.items() if lag.open}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter,
+) -> Generator[None]:
+    """Say loudly, last of all, which servers nothing was tested against."""
+    yield
+    missing = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ")
+        for report in terminalreporter.getreports("skipped")
+        if isinstance(report.longrepr, tuple) and NOT_TESTED in report.longrepr[2]
+    )
+    if missing:
+        terminalreporter.write_sep("!", "SERVERS MISSING: part of the tests did not run", red=True)
+    for message, tests in missing.items():
+        terminalreporter.write_line(f"{tests} tests: {message}", red=True, bold=True)
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,24 @@ COMMANDS = {
     "up": Entry("headrace.cli.stack", "up", "Start the embedded stack."),
     "down": Entry("headrace.cli.stack", "down", "Stop the embedded stack."),
     "status": Entry("headrace.cli.status", "status", "Show what runs and what waits."),
-    "doctor": Entry("headrace.cli.doctor", "doctor", "Check this machine and the settings."),
+    "doctor": Entry(
+        "headrace.cli.doctor",
+        "doctor",
+        "Check this machine, the settings, and the servers that they name.",
+    ),
     "demo": Entry("headrace.cli.demo", "demo", "Run photographs, sentences and speech through it."),
     "jobs": Entry("headrace.cli.jobs", "app", "Submit jobs and see what became of them."),
+    "deadletters": Entry(
+        "headrace.cli.deadletters", "app", "Look at jobs that failed, and submit them again."
+    ),
     "models": Entry("headrace.cli.models", "app", "Add, list, show and remove models."),
     "topics": Entry(
-        "headrace.cli.topics", "app", "List the event log's topics; create them on Kafka."
+        "headrace.cli.topics",
+        "app",
+        "List the event log's topics; create them on Kafka; document them.",
     ),
+    "lake": Entry("headrace.cli.lake", "app", "See what is archived; erase and prune it."),
+    "objects": Entry("headrace.cli.objects", "app", "Create the object store's bucket on S3."),
 }
 
 

@@ -39,6 +39,23 @@ def print_json(value: object, *, line: bool = False) -> None:
     sys.stdout.flush()
 
 
+def print_yaml(value: object) -> None:
+    """Write one YAML document to stdout. value: of plain values; one that occurs twice is written twice."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
+        def text(self, text: str) -> yaml.Node:
+            style = "|" if "\n" in text else None
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+    Dumper.add_representer(str, Dumper.text)
+    yaml.dump(value, sys.stdout, Dumper, sort_keys=False, allow_unicode=True, width=100)
+    sys.stdout.flush()
+
+
 def print_error(message: str, hint: str = "") -> None:
     """Print `error: message`, and what to do about it on a second line."""
     console.print("[bold red]error:[/]", end=" ")

@@ -51,11 +51,12 @@ class TopicStatus(Struct, frozen=True):
 
 
 class Status(Struct, frozen=True):
-    """All that `--json` prints. trouble: what could not be asked, and why."""
+    """All that `--json` prints. stack: the embedded one of this data folder, None where the settings name
+    servers of their own. trouble: what could not be asked, and why."""
 
     data_dir: str
     healthy: bool
-    stack: StackState
+    stack: StackState | None
     children: list[ChildStatus]
     topics: dict[str, TopicStatus] | None
     dispatchers: list[DispatcherBeat]
@@ -68,11 +69,13 @@ class Status(Struct, frozen=True):
 def status(data: Data = None, json: Json = False) -> None:
     """Show what runs and what waits.
 
-    Exit code 0: all is well. 3: the stack is not running, or not all of it.
+    Of the embedded stack, or of the servers that the settings name.
+
+    Exit code 0: all is well. 3: it is not running, or not all of it.
     """
     settings = settings_for(data)
     stack = running_stack(settings)
-    if stack is None:
+    if stack is None and not settings.has_servers:
         if json:
             print_json({"data_dir": settings.data_dir, "healthy": False, "stack": None})
         console.print(
@@ -88,7 +91,7 @@ def status(data: Data = None, json: Json = False) -> None:
         raise typer.Exit(UNAVAILABLE)
 
 
-def look(settings: Settings, stack: StackState) -> Status:
+def look(settings: Settings, stack: StackState | None) -> Status:
     """Ask everybody once. Whoever does not answer is named in `trouble`."""
     trouble: list[str] = []
 
@@ -100,15 +103,20 @@ def look(settings: Settings, stack: StackState) -> Status:
             return None
 
     fleet = Fleet(connect_redis(settings))
+    topics = asked(lambda: _topics(settings))
+    dispatchers = asked(fleet.dispatchers) or []
+    workers = asked(fleet.workers) or []
+    models = asked(lambda: len(Catalogue(connect_objects(settings)).cards()))
+    running = stack.healthy if stack else bool(dispatchers and workers)
     return Status(
         data_dir=str(settings.data_dir),
-        healthy=stack.healthy and not trouble,
+        healthy=running and not trouble,
         stack=stack,
-        children=_children(settings, stack),
-        topics=asked(lambda: _topics(settings)),
-        dispatchers=asked(fleet.dispatchers) or [],
-        workers=asked(fleet.workers) or [],
-        models=asked(lambda: len(Catalogue(connect_objects(settings)).cards())),
+        children=_children(settings, stack) if stack else [],
+        topics=topics,
+        dispatchers=dispatchers,
+        workers=workers,
+        models=models,
         trouble=trouble,
     )
 
@@ -157,11 +165,14 @@ def _measured(process: psutil.Process | None, measure: Callable[[psutil.Process]
 
 
 def _show(found: Status) -> None:
-    stack = found.stack
-    age = _duration(time.time() - stack.started_at)
-    line = f"stack {stack.version} on {found.data_dir}, pid {stack.pid}, up {age}"
-    output.print(line, markup=False, soft_wrap=True)
-    output.print(_process_table(found))
+    if stack := found.stack:
+        age = _duration(time.time() - stack.started_at)
+        line = f"stack {stack.version} on {found.data_dir}, pid {stack.pid}, up {age}"
+        output.print(line, markup=False, soft_wrap=True)
+        output.print(_process_table(found))
+    else:
+        count = f"{len(found.dispatchers)} dispatchers and {len(found.workers)} workers"
+        output.print(f"{count} give a sign of life")
     for child in found.children:
         if child.last_lines:
             console.print(f"The last lines of {child.state.name}'s log:", style="red")

@@ -9,13 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from headrace.cli.options import Data, Json, settings_for
-from headrace.cli.output import console, handle_errors, output, print_json
+from headrace.cli.output import console, handle_errors, output, print_json, print_yaml
 
 if TYPE_CHECKING:
     from infra.eventlog.kafka_topics import TopicChange
     from infra.settings import Settings
 
-app = typer.Typer(help="List the event log's topics; create them on Kafka.", no_args_is_help=True)
+app = typer.Typer(
+    help="List the event log's topics; create them on Kafka; document them.", no_args_is_help=True
+)
 
 DONE = {"create": "created", "configure": "configured"}
 PLANNED = {"create": "to be created", "configure": "to be configured"}
@@ -61,6 +63,19 @@ def apply(
         print_json(changes)
     else:
         output.print(_table(changes, dry_run))
+
+
+@app.command()
+@handle_errors
+def asyncapi(json: Json = False) -> None:
+    """Print the AsyncAPI document of the topics, as YAML: what others need who write or read them."""
+    from headrace import __version__
+    from schemas.asyncapi import document
+
+    if json:
+        print_json(document(__version__))
+    else:
+        print_yaml(document(__version__))
 
 
 def _apply(settings: Settings, dry_run: bool) -> list[TopicChange]:

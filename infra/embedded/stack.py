@@ -75,6 +75,8 @@ def child_specs(settings: Settings) -> list[ChildSpec]:
         name = f"worker-{number}"
         own = {"HEADRACE_WORKER__NAME": name}
         specs.append(_python_child(settings, name, "workers.inference.main", stage=2, own=own))
+    if settings.stack.archiver:
+        specs.append(_python_child(settings, "archiver", "workers.archiver.main", stage=1))
     if not settings.redis_url.get_secret_value():
         specs.insert(0, _redis_child(settings))
     return specs
@@ -150,11 +152,12 @@ def python_command(module: str) -> tuple[str, ...]:
 
 def python_environment(settings: Settings) -> dict[str, str]:
     """What a Python process of the stack needs in its environment. Holds secrets."""
-    # Unbuffered: the last words of a process that is killed are in its log.
-    return {**environment(settings), "PYTHONUNBUFFERED": "1"}
+    # Unbuffered: the last words of a process that is killed are in its log. No health port: one cannot serve them
+    # all, and the supervisor knows how they are.
+    return {**environment(settings), "PYTHONUNBUFFERED": "1", "HEADRACE_HEALTH_PORT": "0"}
 
 
 def _as_text(value: object) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
-    return json.dumps(value) if isinstance(value, list) else str(value)
+    return json.dumps(value, default=_as_text) if isinstance(value, list | dict) else str(value)

@@ -31,10 +31,10 @@ class TopicFacts(NamedTuple):
 
 
 class ClusterFacts(NamedTuple):
-    """topics: by their declared names, those that are there and may be seen. internal: those that are there.
-    brokers: their settings, by id; empty where this user may not ask. changes: what `headrace topics apply`
-    would do. refused: names of groups and transactional ids that are kept from us. skew_s: the cluster's clock
-    less ours, None where it is not told."""
+    """brokers: their settings, by id; empty where this user may not ask. topics: by their declared names, those
+    that are there and may be seen. internal: those that are there. hidden: declared, and not to be seen by this
+    user. changes: what `headrace topics apply` would do. refused: what this user lacks besides topics.
+    skew_s: the cluster's clock less ours, None where it is not told."""
 
     version: tuple[int, ...]
     brokers: Mapping[int, Mapping[str, str]]
@@ -65,9 +65,10 @@ def look(cluster: Cluster, group: str, slot: int) -> ClusterFacts:
             topics={declared[name]: facts[name] for name in facts if name in declared},
             internal={name: facts[name] for name in INTERNAL if name in facts},
             hidden=tuple(
-                entry["name"]
+                declared[entry["name"]]
                 for entry in entries
-                if entry["error_code"] == kafka_errors.TopicAuthorizationFailedError.errno
+                if entry["name"] in declared
+                and entry["error_code"] == kafka_errors.TopicAuthorizationFailedError.errno
             ),
             changes=_changes(cluster, map(TOPIC_BY_NAME.__getitem__, names), settings),
             refused=_refused(admin, cluster.name(group), slot),

@@ -14,7 +14,8 @@ from kafka.structs import OffsetAndMetadata
 from infra.eventlog import Fenced
 from infra.eventlog.kafka_cluster import ANSWER_S, Cluster, kafka_trouble, translated
 from infra.eventlog.kafka_records import Encoded
-from schemas.errors import Transient
+from infra.eventlog.tracker import METADATA_LIMIT
+from schemas.errors import PipelineError, Transient
 
 APPEND_S = 2 * ANSWER_S
 OPEN_S = 15.0
@@ -123,6 +124,13 @@ class Transactions:
         try:
             self._producer.abort_transaction()
         except kafka_errors.KafkaError as error:
+            if kafka_errors.OffsetMetadataTooLargeError.__name__ in str(reason):
+                raise PipelineError(
+                    "commit_metadata_refused",
+                    f"The Kafka cluster does not keep what is complete with a committed offset: set "
+                    f"offset.metadata.max.bytes to {METADATA_LIMIT}, its default, on every broker, then start "
+                    f"this process anew. Nothing was written; what is open will show.",
+                ) from reason
             raise Fenced(
                 f"The Kafka cluster takes no more transactions from this process ({reason}; {error}): "
                 f"another one may have its slot. It must stop and start anew."

@@ -204,6 +204,24 @@ class Bucket:
         self._tried("", self._make, self._attempts)
         self._tried("", lambda: self._set_lifecycle(folder, expire_days), self._attempts)
 
+    def expire_days(self, folder: str) -> int | None:
+        """At what age the server deletes what lies in the folder; None if it does not."""
+        found = self._tried(
+            "",
+            lambda: self._client.get_bucket_lifecycle(self.address.bucket),
+            self._attempts,
+        )
+        ages = [
+            rule.expiration.days
+            for rule in (found.rules if found else [])
+            if rule.status == ENABLED
+            and rule.expiration
+            and rule.expiration.days
+            and rule.rule_filter
+            and rule.rule_filter.prefix == f"{folder}/"
+        ]
+        return min(ages, default=None)
+
     def _make(self) -> None:
         try:
             if not self._client.bucket_exists(self.address.bucket):

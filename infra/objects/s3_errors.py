@@ -56,7 +56,7 @@ def refused(where: str, why: str) -> PipelineError:
 def bucket_missing(where: str) -> PipelineError:
     return PipelineError(
         "bucket_missing",
-        f"Object store: there is no {where}; make it, or correct HEADRACE_OBJECTS_URL.",
+        f"Object store: there is no {where}; make it with `headrace objects apply`, or correct HEADRACE_OBJECTS_URL.",
     )
 
 

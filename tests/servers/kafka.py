@@ -95,7 +95,7 @@ class KafkaServer:
     """
 
     def __init__(self, folder: Path, more: str = "") -> None:
-        jars = _jars()
+        classpath = f"{jars()}/*"
         self.port, self.secure_port = free_port(), free_port()
         self.ca_file = folder / "ca.pem"
         properties = folder / "server.properties"
@@ -111,7 +111,7 @@ class KafkaServer:
         )
         properties.write_text(text + more)
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        java = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{jars}/*"]
+        java = ["java", "-XX:TieredStopAtLevel=1", "-cp", classpath]
         subprocess.run(
             [*java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)],
             cwd=folder,
@@ -155,7 +155,7 @@ def fresh_topics(address: str, topics: Sequence[str], partitions: int) -> Iterat
             admin.delete_topics([topic.name for topic in made])
 
 
-def _jars() -> Path:
+def jars() -> Path:
     """The folder with Kafka's jars, fetched on first use."""
     folder = cache_folder(f"kafka-{VERSION}")
     for program in ("java", "mvn"):

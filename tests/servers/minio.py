@@ -17,7 +17,8 @@ import pytest
 from tests.servers.process import ServerProcess, cache_folder, free_port, only_one, unavailable
 from tests.servers.s3 import S3Server, server_of_environment
 
-PACKAGE = "github.com/minio/minio@latest"
+PACKAGE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
+"""What Go calls the last release; its own name for it is not one that Go takes."""
 REMEDY = (
     "install Go (https://go.dev/dl; MinIO is then built once, in minutes), put a `minio` on the PATH, or set"
     " HEADRACE_TEST_S3_URL=s3://host:port?secure=false with HEADRACE_S3__ACCESS_KEY and"
@@ -38,7 +39,7 @@ class MinioServer:
             "MINIO_UPDATE": "off",
         }
         addresses = ("--address", self.s3.host, "--console-address", f"127.0.0.1:{console}")
-        command = [str(_program()), "server", "--quiet", *addresses, str(folder / "data")]
+        command = [str(program()), "server", "--quiet", *addresses, str(folder / "data")]
         self.process = ServerProcess(
             ["env", *(f"{name}={value}" for name, value in environment.items()), *command],
             folder,
@@ -86,10 +87,10 @@ def _installed() -> Path | None:
     return built if built.exists() else Path(found) if found else None
 
 
-def _program() -> Path:
+def program() -> Path:
     """The server's program, built on first use."""
-    if program := _installed():
-        return program
+    if installed := _installed():
+        return installed
     if not shutil.which("go"):
         unavailable("MinIO", "there is neither `minio` nor `go` on the PATH", REMEDY)
     with only_one(cache_folder("bin")):

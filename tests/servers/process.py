@@ -16,6 +16,9 @@ import pytest
 
 PATIENCE_S = 60.0
 
+NOT_TESTED = "NOT TESTED against"
+"""What the reason of a skip begins with where a server is missing. The run's last lines repeat it."""
+
 
 def cache_folder(name: str) -> Path:
     """Where a server is installed, outside the checkout."""
@@ -32,7 +35,7 @@ def free_port() -> int:
 
 def unavailable(server: str, why: str, remedy: str) -> NoReturn:
     """Skip what needs this server and say so; with CI=true, fail."""
-    message = f"NOT TESTED against {server}: {why}. To test it: {remedy}."
+    message = f"{NOT_TESTED} {server}: {why}. To test it: {remedy}."
     if os.environ.get("CI") == "true":
         pytest.fail(message, pytrace=False)
     pytest.skip(message)
@@ -60,6 +63,10 @@ class ServerProcess:
     def pid(self) -> int:
         assert self._running is not None, "the server is not running"
         return self._running.pid
+
+    @property
+    def running(self) -> bool:
+        return self._running is not None and self._running.poll() is None
 
     def start(self) -> None:
         with open(self.folder / "output.log", "ab") as output:

@@ -52,7 +52,7 @@ class Breaker:
     def record(self, key: CircuitKey, ok: bool, now: float) -> bool:
         """A job has run for the last time: ok, or it becomes a dead letter. Whether this opened the circuit.
 
-        Refusals at admission and failures that are retried are none of the breaker's business.
+        Jobs that are wrong in themselves and failures that are retried are none of the breaker's business.
         """
         circuit = self._circuit(key, now)
         if circuit.retry_at is not None:

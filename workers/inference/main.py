@@ -13,6 +13,7 @@ from celery import signals
 from infra.catalogue import Catalogue
 from infra.embedded import announce_ready
 from infra.fleet import Fleet, WorkerBeat
+from infra.health import Health, serve_health
 from infra.logs import configure_logs, get_logger
 from infra.machine import available_cpus
 from infra.objects import connect_objects
@@ -60,13 +61,14 @@ class Worker:
             self.fleet, self.hand, self.residency, Stages(self.objects, executors)
         )
         self.watchdog = Watchdog(self.hand)
+        self.health = Health()
         self.started_at = time.time()
-        self.ready = False
         self._stopped = threading.Event()
         self._beating = threading.Thread(target=self.beat_forever, name="beat", daemon=True)
 
     def run(self) -> None:
         """Warm up, then serve until SIGTERM. Each step of the start is logged with its time."""
+        serve_health(self.settings, self.health)
         self.warm_up()
         app = make_app(self.settings)
         self.runner.register(app)
@@ -121,7 +123,7 @@ class Worker:
 
     def on_ready(self, **_: Any) -> None:
         """Celery listens: clear away what an earlier life offered, then ask for work."""
-        self.ready = True
+        self.health.ready = True
         self._beating.start()
         ready_s = round(time.time() - self.started_at, 3)
         logger.info("ready", ready_s=ready_s, models=self.residency.names())
@@ -130,6 +132,7 @@ class Worker:
     def on_drain(self, **_: Any) -> None:
         """SIGTERM: offer nothing more, finish what is in hand; what does not end in time goes back unrun."""
         self.hand.close()
+        self.health.ready = False
         logger.info("draining", batches=len(self.hand.held()))
         threading.Thread(target=self.end_drain, name="drain", daemon=True).start()
 
@@ -153,6 +156,7 @@ class Worker:
         cleared = False
         while not self._stopped.is_set():
             self.watchdog.look()
+            self.health.progress()
             try:
                 if not cleared:
                     self.fleet.clear_slots(self.hand.worker)
@@ -181,7 +185,7 @@ class Worker:
             life=self.hand.life,
             pid=os.getpid(),
             started_at=self.started_at,
-            ready=self.ready,
+            ready=self.health.ready,
             draining=self.hand.closed,
             slots=self.hand.capacity,
             batches=[held.batch.id for held in self.hand.held()],

@@ -17,15 +17,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from schemas.batches import Batch, BatchItem, decode_batch, encode
+from schemas.cloudevents import structured_mode
 from schemas.errors import InvalidJob
 from schemas.jobs import (
+    DEAD_LETTER_HEADERS,
+    FOREIGN_LIMIT_BYTES,
     JOB_TYPE,
     PARAMS_LIMIT_BYTES,
     Job,
+    cancel_headers,
     job_headers,
     job_value,
     new_job_id,
     new_traceparent,
+    read_cancel,
     read_job,
     retry_headers,
     rfc3339,
@@ -35,7 +40,13 @@ from schemas.payloads import Payload, Ref
 from schemas.results import outcome_of
 from schemas.topics import JOB_TOPICS, RETRY
 
-MINIMAL = {"ce_type": JOB_TYPE, "ce_id": "job-1", "ce_tenant": "default", "ce_model": "echo"}
+MINIMAL = {
+    "ce_specversion": "1.0",
+    "ce_type": JOB_TYPE,
+    "ce_id": "job-1",
+    "ce_tenant": "default",
+    "ce_model": "echo",
+}
 TEXT = "jobs.text.standard"
 
 # Times of this century, at the resolution of the wire.
@@ -71,6 +82,9 @@ jobs = st.builds(
     params=st.dictionaries(words, json_values, max_size=3),
     reply_to=st.none() | words,
     traceparent=st.none() | st.builds(new_traceparent),
+    replay=st.none() | words,
+    signature=st.none() | words,
+    foreign=st.dictionaries(words.map("app-{}".format), words, max_size=3),
 )
 
 
@@ -109,12 +123,16 @@ def test_a_retry_carries_what_happened_so_far(
 
 @settings(deadline=None)
 @given(jobs)
-def test_unknown_headers_are_ignored(job: Job) -> None:
-    headers = job_headers(job)
+def test_unknown_headers_change_nothing_and_are_carried_on(job: Job) -> None:
+    unknown = {"ce_later": "x", "x-y": "", "ce_source": "/orders/7"}
+    headers = job_headers(job) | unknown
 
-    assert read_job(job.topic, headers | {"ce_later": "x", "x-y": ""}, job_value(job), 0.0) == (
-        read_job(job.topic, headers, job_value(job), 0.0)
-    )
+    read = read_job(job.topic, headers, job_value(job), 0.0)
+
+    assert read.foreign == job.foreign | unknown
+    same(msgspec.structs.replace(read, foreign=job.foreign), job)
+    for written in (job_headers(read), retry_headers(read)):
+        assert unknown.items() <= written.items()
 
 
 @settings(deadline=None)
@@ -152,7 +170,13 @@ REF = {"ce_dataref": "tenants/default/x", "ce_datasize": "1", "ce_datasha256": "
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("ce_specversion", ""),
+        ("ce_specversion", "0.3"),
+        ("ce_specversion", "2.0"),
         ("ce_type", "io.headrace.job.v2"),
+        ("x-replay-id", ""),
+        ("x-replay-id", "r" * 257),
+        ("x-headrace-signature", ""),
         ("ce_id", "a b"),
         ("ce_id", "x" * 129),
         ("ce_id", "job\n"),
@@ -311,6 +335,55 @@ def test_the_id_of_a_job_with_a_key_comes_of_the_key_whatever_the_record_says() 
     assert job.id == new_job_id("default", "order-7")
 
 
+def test_a_job_of_another_version_is_refused_with_both_versions_named() -> None:
+    with pytest.raises(InvalidJob, match=r"expected io\.headrace\.job\.v1, came 'io\S+job\.v9'"):
+        read_job(TEXT, MINIMAL | {"ce_type": "io.headrace.job.v9"}, b"", 0.0)
+
+
+# ── headers of others ────────────────────────────────────────────────────────────────────────────
+
+
+def test_names_of_attributes_may_be_spelled_in_capitals() -> None:
+    """Kafka tells them apart; the specification has them in lower case, and that spelling wins."""
+    headers = {name.upper(): text for name, text in MINIMAL.items()} | {"ce_id": "job-2"}
+
+    job = read_job(TEXT, headers | {"Content-Type": "text/plain"}, b"hi", 1000.0)
+
+    assert (job.id, job.foreign) == ("job-2", {})
+    assert job.payload == Payload("text/plain", data=b"hi")
+
+
+def test_names_of_foreign_headers_stay_as_they_are() -> None:
+    assert read_job(TEXT, MINIMAL | {"My-App": "1"}, b"", 0.0).foreign == {"My-App": "1"}
+
+
+@pytest.mark.parametrize("topic", [TEXT, RETRY])
+def test_a_redrive_is_believed_wherever_a_job_comes_from(topic: str) -> None:
+    headers = MINIMAL | {"ce_jobtopic": TEXT, "x-replay-id": "r-1"}
+
+    job = read_job(topic, headers, b"", 0.0)
+
+    assert (job.replay, job.foreign) == ("r-1", {})
+    assert job_headers(job)["x-replay-id"] == retry_headers(job)["x-replay-id"] == "r-1"
+
+
+def test_what_a_dead_letter_says_of_itself_does_not_stay_with_the_job() -> None:
+    letter = MINIMAL | dict.fromkeys(DEAD_LETTER_HEADERS, "1")
+
+    assert read_job(TEXT, letter, b"", 0.0) == read_job(TEXT, MINIMAL, b"", 0.0)
+
+
+def test_more_foreign_headers_than_a_retry_should_carry_are_refused() -> None:
+    fits = {"app": "\u00e9" * (FOREIGN_LIMIT_BYTES // 2 - 2) + "x"}
+
+    assert read_job(TEXT, MINIMAL | fits, b"", 0.0).foreign == fits
+    with pytest.raises(
+        InvalidJob, match=f"at most {FOREIGN_LIMIT_BYTES} bytes .* came 81"
+    ) as caught:
+        read_job(TEXT, MINIMAL | fits | {"b": ""}, b"", 0.0)
+    assert caught.value.code == "record_malformed"
+
+
 # ── ids ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -399,3 +472,44 @@ def test_the_same_work_asked_for_otherwise_has_the_same_fingerprint(
 
 def test_times_are_written_in_utc_with_microseconds() -> None:
     assert rfc3339(1_800_000_000.25) == "2027-01-15T08:00:00.250000+00:00"
+
+
+# ── cancel requests ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cancel_request_is_read_as_it_was_written() -> None:
+    assert read_cancel("job-1", cancel_headers("default", "job-1"), b"") == "job-1"
+
+
+def test_a_cancel_request_may_be_structured() -> None:
+    headers, value = structured_mode(cancel_headers("default", "job-1"), b"")
+
+    assert read_cancel("job-1", headers, value) == "job-1"
+
+
+def test_an_event_of_another_kind_cancels_nothing() -> None:
+    """`control` carries more than cancel requests."""
+    headers = cancel_headers("default", "job-1") | {"ce_type": "io.headrace.retrain.v1"}
+
+    assert read_cancel("job-1", headers, b"") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "words"),
+    [
+        ("job-1", {"ce_type": ""}, "Header ce_type: expected a text"),
+        ("job-1", {"ce_type": "io.headrace.cancel.v9"}, r"cancel\.v1, came 'io\S+cancel\.v9'"),
+        ("job-1", {"ce_type": "x", "ce_specversion": "0.3"}, r"ce_specversion: expected 1\.0"),
+        ("job-1", {"ce_specversion": ""}, r"ce_specversion: expected 1\.0"),
+        ("", {}, "Key: expected a job id, came ''"),
+        ("no job", {}, "Key: expected a job id"),
+        ("job-1", {"content-type": "application/cloudevents+json"}, "Value: expected one"),
+    ],
+)
+def test_a_control_record_that_is_no_event_is_refused(
+    key: str, changes: dict[str, str], words: str
+) -> None:
+    with pytest.raises(InvalidJob, match=words) as caught:
+        read_cancel(key, cancel_headers("default", "job-1") | changes, b"\xff")
+
+    assert caught.value.code == "record_malformed"

@@ -11,6 +11,7 @@ from infra.settings import (
     DispatcherSettings,
     Settings,
     StackSettings,
+    TenantSettings,
     WorkerSettings,
     load_settings,
 )
@@ -76,6 +77,7 @@ def test_children_read_the_very_same_settings_from_their_environment(
         dispatcher=DispatcherSettings(lease_s=2.5),
         worker=WorkerSettings(models=["minilm", "whisper"], executors=3),
         stack=StackSettings(workers=4),
+        tenants=TenantSettings(keys={"acme": ("a-first-secret-key", "a-second-secret-key")}),
     )
     for name, value in environment(settings).items():
         monkeypatch.setenv(name, value)
