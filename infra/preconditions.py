@@ -52,20 +52,25 @@ WORKER: Sequence[Ask] = (redis_findings, object_findings)
 
 
 def preconditions(settings: Settings, of: Sequence[Ask] = DISPATCHER) -> None:
-    """Raises PipelineError: with this the process must not start; its message says what to do.
+    """Raises PipelineError (precondition_failed): the process must not start; the message says what to do.
 
     A server that does not answer now is not judged: whoever needs it waits for it.
     """
-    failed: list[Finding] = []
+    failed: list[str] = []
     for ask in of:
         try:
-            failed += [finding for finding in ask(settings) if finding.level == "fail"]
-        except Transient as error:
-            if error.code == "redis_forbidden":
-                raise PipelineError(error.code, error.message) from error
+            findings = ask(settings)
+        except PipelineError as error:
+            if not isinstance(error, Transient) or error.code == "redis_forbidden":
+                failed.append(error.message)
+            continue
+        failed += [
+            f"{finding.check}: {finding.detail.rstrip('.')}. {finding.remedy}"
+            for finding in findings
+            if finding.level == "fail"
+        ]
     if failed:
-        told = " ".join(f"{f.check}: {f.detail.rstrip('.')}. {f.remedy}" for f in failed)
-        raise PipelineError("precondition_failed", f"Not started. {told}")
+        raise PipelineError("precondition_failed", f"Not started. {' '.join(failed)}")
 
 
 def _extra_missing(name: str, error: ImportError) -> PipelineError:
