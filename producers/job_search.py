@@ -16,7 +16,8 @@ CLOCK_MARGIN_S = 2.0
 
 
 def find_ended(log: EventLog, job_ids: Collection[str]) -> Iterator[Outcome]:
-    """The outcomes, so far, of these jobs. One pass over the results since the oldest of them."""
+    """The outcomes, so far, of these jobs. One pass over the results since the oldest of them.
+    A job that was redriven has several, of which the last counts."""
     since = min(map(_since, job_ids))
     for record in log.read([RESULTS], since):
         if record.key in job_ids:
@@ -28,8 +29,12 @@ def find_job(log: EventLog, job_id: str) -> Outcome | None:
 
     Reads on from the time in the id; an id without one (of an idempotency key) means reading everything.
     """
-    for outcome in find_ended(log, {job_id}):
-        return outcome
+    found: Outcome | None = None
+    for found in find_ended(log, {job_id}):
+        if found.status != "failed":  # only a failed job may be redriven, and so have another outcome
+            break
+    if found:
+        return found
     for record in log.read(JOB_TOPICS, _since(job_id)):
         if record.key == job_id:
             return _queued(record)

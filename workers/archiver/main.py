@@ -14,6 +14,7 @@ from infra.health import Health, serve_health
 from infra.lake import GROUP, need_pyarrow
 from infra.logs import configure_logs, get_logger
 from infra.objects import ObjectStore, connect_objects
+from infra.preconditions import object_findings, preconditions
 from infra.settings import Settings, load_settings
 from schemas.errors import PipelineError, Transient
 from schemas.topics import RESULTS
@@ -40,6 +41,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, on_signal)
     try:
         need_pyarrow()
+        preconditions(settings, (object_findings,))
         log = open_log(settings.log_address, kafka=settings.kafka, slot=settings.archiver.slot)
         try:
             process = Process(settings, log, connect_objects(settings))

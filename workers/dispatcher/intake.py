@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Collection
 
 import msgspec
 
@@ -14,7 +15,7 @@ from schemas.jobs import CANCEL_TYPE, read_job
 from schemas.topics import CONTROL, JOB_TOPICS, RETRY, lane_of
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
-from workers.dispatcher.breaker import Breaker, circuit_of
+from workers.dispatcher.breaker import Breaker, CircuitKey, circuit_of
 from workers.dispatcher.leases import Leases
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes
@@ -109,10 +110,10 @@ class Intake:
             else:
                 self._queue(job, now)
 
-    def hold_back(self, now: float) -> None:
+    def hold_back(self, tripped: Collection[CircuitKey], now: float) -> None:
         """Take out what waits for models that only make dead letters."""
-        for job in list(self._batcher):
-            if not self._breaker.allows(circuit_of(job), now):
+        for job in list(self._batcher) if tripped else ():
+            if circuit_of(job) in tripped:
                 self._batcher.remove(job.job.id)
                 self._defer(job, now)
 

@@ -112,8 +112,7 @@ class Dispatcher:
         if signals.rung:
             self._expected_until = self.monotonic() + RUNG_S
         self.settlement.settle(signals.completions, self.wall())
-        if self.settlement.tripped():
-            self.intake.hold_back(self.wall())
+        self.intake.hold_back(self.settlement.tripped(), self.wall())
 
     def _take_in(self) -> None:
         try:

@@ -94,7 +94,15 @@ class JobMemory:
         """The fingerprint under which this job's id is in use, NO_KEY for one without a key; None if it is new."""
         if held := self.open.get(job.id):
             return fingerprint_of(held.job)
-        known, at = self._keys.get(_identity(job.id, job.replay), (None, 0.0))
+        replayed = self._remembered(_identity(job.id, job.replay), now)
+        if replayed is not None or job.replay is None:
+            return replayed
+        of_key = self._remembered(job.id, now)
+        # A redrive is new, unless the key stands for other work: that keeps the id.
+        return of_key if of_key != fingerprint_of(job) else None
+
+    def _remembered(self, identity: str, now: float) -> str | None:
+        known, at = self._keys.get(identity, (None, 0.0))
         return known if now - at <= self._keys_window_s else None
 
     def cancel(self, job_id: str) -> None:

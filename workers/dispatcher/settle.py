@@ -8,7 +8,7 @@ from infra.logs import get_logger
 from schemas.batches import DEADLINE_PASSED, Completion, ItemOutcome
 from schemas.errors import InferenceFailed, PipelineError
 from workers.dispatcher.batching import Batcher
-from workers.dispatcher.breaker import Breaker, circuit_of
+from workers.dispatcher.breaker import Breaker, CircuitKey, circuit_of
 from workers.dispatcher.leases import Lease, Leases
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes
@@ -37,7 +37,7 @@ class Settlement:
         self._outcomes = outcomes
         self._breaker = breaker
         self._settled: list[str] = []
-        self._tripped = False
+        self._tripped: set[CircuitKey] = set()
         self.redispatched = 0
 
     def settle(self, completions: Iterable[Completion], now: float) -> None:
@@ -65,9 +65,9 @@ class Settlement:
         settled, self._settled = self._settled, []
         return settled
 
-    def tripped(self) -> bool:
-        """Whether the breaker opened since the last call: jobs that wait may have to be held back."""
-        tripped, self._tripped = self._tripped, False
+    def tripped(self) -> set[CircuitKey]:
+        """Circuits that opened since the last call: jobs of theirs that wait are to be held back."""
+        tripped, self._tripped = self._tripped, set()
         return tripped
 
     def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
@@ -110,6 +110,11 @@ class Settlement:
             error = PipelineError(item.code, item.message or item.code)
             self._failed(job, error, now, passing=item.retry, suspect=False, invalid=item.invalid)
 
+    def _record_failure(self, key: CircuitKey, now: float) -> None:
+        if self._breaker.record(key, False, now):
+            logger.warning("breaker_opened", model=key.model, version=key.version, tenant=key.tenant)
+            self._tripped.add(key)
+
     def _run_again(self, job: OpenJob, now: float) -> None:
         """As if it had never been sent; nobody is charged."""
         if self._memory.is_cancelled(job.job.id):
@@ -136,7 +141,7 @@ class Settlement:
             self._outcomes.retry(job.job, job.at, now, suspect=suspect)
         else:
             if not invalid:
-                self._tripped |= self._breaker.record(circuit_of(job), False, now)
+                self._record_failure(circuit_of(job), now)
             self._outcomes.fail(job.job, job.at, error, now)
 
 

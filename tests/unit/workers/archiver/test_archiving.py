@@ -14,6 +14,7 @@ from infra.lake import GROUP, find_in_lake
 from schemas.payloads import Ref
 from schemas.results import encode_outcome
 from schemas.topics import RESULTS
+from workers.archiver.archive import Claim
 from workers.archiver.segments import OVERHEAD_BYTES, Limits
 
 DAY_S = 86_400.0
@@ -256,3 +257,7 @@ def test_duckdb_reads_the_lake_as_it_is(world: Any, make_outcome: Any) -> None:
         f"SELECT count(*) FROM read_parquet('{world.folder}/objects/lake/**/*.parquet')"
     ).fetchall()
     assert nothing_else == [(2,)]
+
+
+def test_a_claim_is_read_by_later_versions() -> None:
+    assert msgspec.json.encode(Claim(7)) == b'{"last":7}'

@@ -82,7 +82,7 @@ def test_killed_at_any_moment_of_a_merge_every_job_is_found(
     monkeypatch.setattr(index, "BUCKET_BYTES", 1500)
     for at in range(1000):
         objects = FileObjects(tmp_path / str(at))
-        files = fill(objects, count=3, each=20)
+        files = fill(objects, count=5, each=20)
         try:
             tidy(watched(objects, moments(at=at)), MUCH_LATER)
         except killed:

@@ -79,6 +79,16 @@ def test_a_redrive_is_known_by_itself_and_the_key_stays_taken(
     assert memory.known_as(job, noon) == job.fingerprint
 
 
+def test_a_redrive_of_other_work_under_a_taken_key_is_no_new_job(
+    memory: JobMemory, make_job: Callable[..., Job], noon: float
+) -> None:
+    job = make_job(id="a", key="k")
+    memory.ended(job, noon)
+    other = msgspec.structs.replace(job, model="other", replay="letter-1")
+
+    assert memory.known_as(other, noon) == job.fingerprint
+
+
 def test_what_is_lost_is_neither_open_nor_held(memory: JobMemory, make_open: MakeOpen) -> None:
     kept, lost = (make_open(id=id_, payload=Payload("", data=b"x" * 100)) for id_ in "ab")
     memory.hold(kept)
