@@ -214,7 +214,7 @@ MESSAGES: Json = {
         examples=[_example("text", retry_headers(JOB), job_value(JOB))],
     ),
     "result": _message(
-        "The one outcome of a job, however it ended.",
+        "The one outcome of a job, however it ended. After a redrive a later one, which counts.",
         _object(headers.RESULT, list(headers.RESULT)),
         {"$ref": "#/components/schemas/Outcome"},
         contentType="application/json",
@@ -246,7 +246,7 @@ MESSAGES: Json = {
     ),
     "deadLetter": _message(
         "A record as it was, with where from and why. A record that was no job has no other headers.",
-        _object(headers.JOB | headers.REASON, list(headers.REASON)),
+        _object(headers.JOB | headers.REASON, headers.REASON_REQUIRED),
         {"description": "The record's value, as it was."},
         examples=[_example("failed", _dead_letter_headers(LARGE), job_value(LARGE))],
     ),

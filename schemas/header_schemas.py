@@ -83,6 +83,14 @@ HISTORY: Json = {
     "ce_suspect": _text("1: was being run when a worker died.", enum=["0", "1"]),
     "ce_notbefore": _time("Not run before."),
 }
+REASON_REQUIRED = [
+    "x-original-topic",
+    "x-original-partition",
+    "x-original-offset",
+    "x-attempt",
+    "x-error",
+    "x-error-message",
+]
 REASON: Json = {
     "x-original-topic": _text("The record's topic."),
     "x-original-partition": _matching(WHOLE, "The record's partition."),
@@ -90,6 +98,7 @@ REASON: Json = {
     "x-attempt": _matching(WHOLE, "Attempts made."),
     "x-error": _text("Code of the error: docs/job-errors.md."),
     "x-error-message": _text("What was expected, what came, what to do."),
+    "x-value-dropped": _text("How large the value was, where it was too large for a dead letter."),
 }
 RESULT: Json = {
     "ce_specversion": _text("Of CloudEvents.", const=SPEC_VERSION),

@@ -74,6 +74,7 @@ DEAD_LETTER_HEADERS = frozenset(
         "x-attempt",
         "x-error",
         "x-error-message",
+        "x-value-dropped",
     }
 )
 """What a dead letter has besides those of the job: where from and why."""

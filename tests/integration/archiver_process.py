@@ -1,6 +1,8 @@
-"""The archiver process, which is killed before or after one of its writes: archiver_process.py MOMENT
+"""Archiver processes that are killed before or after one of their writes.
 
-Moments count from 0, two for each call that changes something in the lake or the log. -1: it lives on.
+A moment read from stdin starts one: its pid is printed, and when it has ended its exit code. Moments count
+from 0, two for each call that changes something in the lake or the log. They are forked from this one,
+which has imported all they need.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import workers.archiver.archive
+import workers.archiver.upkeep
 from workers.archiver import main as archiver
 
-MOMENTS = itertools.count()
+moments = itertools.count()
+last_moment = -1
 
 
 class Mortal:
@@ -40,7 +45,7 @@ def mortal(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pass_by() -> None:
-    if next(MOMENTS) == int(sys.argv[1]):
+    if next(moments) == last_moment:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -55,4 +60,10 @@ if __name__ == "__main__":
     replaced: Any = archiver
     replaced.open_log = lambda *args, **options: with_mortal_consumers(open_log(*args, **options))
     replaced.connect_objects = lambda settings: Mortal(connect_objects(settings), "put", "delete")
-    raise SystemExit(archiver.main())
+    for line in sys.stdin:
+        last_moment = int(line)
+        if not (pid := os.fork()):
+            os._exit(archiver.main())
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,17 +61,44 @@ class Place(NamedTuple):
         return sorted(job for t in tables if t is not None for job in t["job_id"].to_pylist())
 
     @contextmanager
-    def archiver(self, moment: int = -1, **more: object) -> Iterator[subprocess.Popen[bytes]]:
+    def archiver(self, **more: object) -> Iterator[subprocess.Popen[bytes]]:
         own = {f"HEADRACE_{name}": str(value) for name, value in more.items()}
         process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(moment)],
-            env={**self.environment, **own, "PYTHONPATH": str(ROOT)},
+            [sys.executable, "-m", "workers.archiver.main"],
+            cwd=ROOT,
+            env={**self.environment, **own},
         )
         try:
             yield process
         finally:
             process.kill()
             process.wait()
+
+    @contextmanager
+    def mortals(self) -> Iterator[Callable[[int], int]]:
+        """Called with a moment: the exit code of an archiver that is killed then, if it gets so far; else
+        it is told to stop when it has nothing to do."""
+        with subprocess.Popen(
+            [sys.executable, str(SCRIPT)],
+            env={**self.environment, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as parent:
+            assert parent.stdin is not None
+            assert parent.stdout is not None
+            stdin, stdout = parent.stdin, parent.stdout
+
+            def live(moment: int) -> int:
+                print(moment, file=stdin, flush=True)
+                pid = int(stdout.readline())
+                until(lambda: select.select([stdout], [], [], 0)[0] or not self.open)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+                return int(stdout.readline())
+
+            yield live
+            stdin.close()
 
     def headrace(self, *arguments: str, code: int = 0) -> Any:
         done = subprocess.run(
@@ -139,23 +167,20 @@ def place(
 
 def test_killed_at_every_write_each_job_is_in_the_lake_once(place: Place) -> None:
     expected: list[str] = []
-    for moment in range(100):
-        expected += (mine := [new_job_id("acme") for _ in range(6)])
-        place.append(*mine[:3])
-        place.append(*mine[3:], tenant="other")
-        with place.archiver(moment) as process:
-            until(lambda process=process: process.poll() is not None or not place.open)
-            if process.poll() is None:
-                end(process)
+    with place.mortals() as live:
+        for moment in range(100):
+            expected += (mine := [new_job_id("acme") for _ in range(6)])
+            place.append(*mine[:3])
+            place.append(*mine[3:], tenant="other")
+            code = live(moment)
+            rows = place.jobs()
+            assert len(rows) == len(set(rows))
+            if code != KILLED:
                 break
-            assert process.returncode == KILLED
-        rows = place.jobs()
-        assert len(rows) == len(set(rows))
+        assert code == 0
     assert moment >= 8  # a claim, two files, an entry in the index, and the completion
-    with place.archiver() as process:
-        until(lambda: not place.open)
-        end(process)
-    assert place.jobs() == sorted(expected)
+    assert place.open == 0
+    assert rows == sorted(expected)
     assert all(len(locate(place.objects, job_id)) == 1 for job_id in expected[::7])
 
 

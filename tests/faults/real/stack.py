@@ -129,6 +129,14 @@ class RealStack:
         """What a process has said in all its lives."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
+    def write_stacks(self) -> None:
+        """What each process is doing just now, where py-spy is installed."""
+        if py_spy := shutil.which("py-spy"):
+            for name in self.keeper.names:
+                with (self.folder / f"{name}.stacks").open("ab") as out:
+                    command = [py_spy, "dump", "--pid", str(self.keeper.pid(name))]
+                    subprocess.run(command, stdout=out, stderr=out, check=False)
+
     def check(self, accepted: Path, *, live: bool = False) -> dict[str, Any]:
         """What the checker finds, a process that trusts nobody."""
         command = [sys.executable, str(CHECKER), "--servers", self.kafka_address]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -246,15 +247,15 @@ def execute(fault: Fault, scale: Scale, stack: RealStack) -> Finding:
         fault.run(run)
     except TooLate as late:
         run.expect(False, str(late))
+        stack.write_stacks()
     run.finding.took_s = round(time.monotonic() - began, 1)
     return run.finding
 
 
 def keep_evidence(stack: RealStack, finding: Finding, folder: Path) -> None:
     """What the processes wrote, for whoever looks into a breach."""
-    import shutil
-
     home = folder / f"{finding.number:g}"
     home.mkdir(parents=True, exist_ok=True)
-    for file in (*stack.folder.glob("*.log"), *stack.folder.glob("jobs-*")):
-        shutil.copy(file, home)
+    for pattern in ("*.log", "*.stacks", "jobs-*"):
+        for file in stack.folder.glob(pattern):
+            shutil.copy(file, home)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -30,7 +31,7 @@ from schemas.jobs import (
     retry_headers,
 )
 from schemas.payloads import Payload, Ref
-from schemas.proof import signed
+from schemas.proof import signature, signed
 from schemas.results import Status, encode_outcome, outcome_of, result_headers
 from schemas.topics import JOB_TOPICS, RETRY, TOPIC_BY_NAME
 
@@ -196,3 +197,22 @@ def test_a_result_of_another_shape_is_not_as_the_document_says() -> None:
 
     with pytest.raises(jsonschema.ValidationError):
         conforms("payload", "result", wrong)
+
+
+# ── the documentation for people ─────────────────────────────────────────────────────────────────
+
+EVENTS = (Path(__file__).parents[3] / "docs" / "events.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("header", sorted(OWN_HEADERS | {"ce_source", "ce_status"}))
+def test_each_header_is_in_the_documentation(header: str) -> None:
+    assert f"`{header}`" in EVENTS
+
+
+def test_the_documented_signature_is_right() -> None:
+    key = b"the-key-that-acme-signs-with"
+    lines = [JOB.tenant, JOB.id, "1800003600250000", JOB.payload.sha256, JOB.model]
+
+    assert f"`{key.decode()}`" in EVENTS
+    assert "\n".join(["```", *lines, "```"]) in EVENTS
+    assert f"`{signature(JOB, key)}`" in EVENTS
