@@ -7,7 +7,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
 LOCK_ROLE = $(LOCK) -c requirements/dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-long demo up up-real bench lock clean
+.PHONY: help setup check format test test-long faults demo up up-real bench lock clean
 
 help: ## show these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: setup ## every test, faults in their short form
 
 test-long: setup ## every test, faults at full length
 	HEADRACE_FAULTS=long $(BIN)/python -m pytest --timeout 1800
+
+faults: setup ## every fault on real servers at full length, as in docs/faults.md: an hour
+	$(BIN)/python -m tests.faults.real --long --json docs/faults.json
 
 demo: setup ## three real models, real inputs, the answers in a table
 	$(BIN)/headrace demo

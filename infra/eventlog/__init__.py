@@ -5,7 +5,7 @@ Positions are opaque above this package: no offset, transaction or SQL shows thr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -104,8 +104,9 @@ class EventLog(Protocol):
     def consumer(self, group: str, topics: Sequence[str], *, window: int = 4096) -> Consumer:
         """Join a group. window: most open records per topic."""
 
-    def read(self, topics: Sequence[str], since: float) -> Iterator[Record]:
-        """Every record of these topics appended at or after a time, up to now, by no group. Oldest first per topic."""
+    def read(self, topics: Sequence[str], since: float) -> Generator[Record, None, None]:
+        """Every record of these topics appended at or after a time, up to now, by no group. Oldest first per topic.
+        Close it if it is not read to its end."""
 
     def follow(self, topics: Sequence[str], since: float) -> Follower:
         """From the first records appended at or after a time, for as long as the follower lives."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from urllib.parse import parse_qsl, urlsplit
 
 from infra.eventlog import Lag, NewRecord, Record
@@ -57,7 +57,7 @@ class KafkaLog:
         self._members.append(member)
         return member
 
-    def read(self, topics: Sequence[str], since: float) -> Iterator[Record]:
+    def read(self, topics: Sequence[str], since: float) -> Generator[Record, None, None]:
         return replay(self._cluster, topics, since)
 
     def follow(self, topics: Sequence[str], since: float) -> KafkaFollower:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -28,7 +28,7 @@ FIRST_BYTES = 16 * 1024
 Offsets = dict[TopicPartition, int]
 
 
-def replay(cluster: Cluster, topics: Sequence[str], since: float) -> Iterator[Record]:
+def replay(cluster: Cluster, topics: Sequence[str], since: float) -> Generator[Record, None, None]:
     """Each topic's records from a time on, up to what was there at the call."""
     by_topic = cluster.partitions(topics)
     every = _all(by_topic.values())
@@ -148,7 +148,7 @@ def _read(
     starts: Offsets,
     ends: Offsets,
     since: float,
-) -> Iterator[Record]:
+) -> Generator[Record, None, None]:
     consumer = None
     try:
         for partitions in by_topic:

@@ -15,7 +15,7 @@ from infra.eventlog import Fenced
 from infra.eventlog.kafka_cluster import ANSWER_S, Cluster, kafka_trouble, translated
 from infra.eventlog.kafka_records import Encoded
 from infra.eventlog.tracker import METADATA_LIMIT
-from schemas.errors import PipelineError, Transient
+from schemas.errors import PipelineError
 
 APPEND_S = 2 * ANSWER_S
 OPEN_S = 15.0
@@ -40,14 +40,14 @@ class Appender:
         self._producer: Any = None
 
     def append(self, records: Sequence[Encoded]) -> None:
-        """Durable on return. Raises Transient: then some may be there all the same."""
+        """Durable on return. Raises InvalidJob, PipelineError, and Transient: then some may be there all the same."""
         producer = self._connected()
         try:
             with kafka_trouble():
                 sent = [_send(producer, self._cluster, record) for record in records]
                 for one in sent:
                     one.get(timeout=APPEND_S)
-        except Transient:
+        except PipelineError:
             self._discard(producer)
             raise
 
@@ -64,7 +64,7 @@ class Appender:
             return self._producer
 
     def _discard(self, producer: Any) -> None:
-        """It must not go on trying what was reported as failed."""
+        """It must not go on trying what was reported as failed, nor count what was refused."""
         with self._lock:
             if self._producer is producer:
                 self._producer = None
@@ -76,15 +76,9 @@ class Transactions:
 
     def __init__(self, cluster: Cluster, transactional_id: str) -> None:
         self._cluster = cluster
-        self._producer = cluster.producer(
-            transactional_id=transactional_id, transaction_timeout_ms=int(OPEN_S * 1000)
-        )
-        try:
-            with kafka_trouble():
-                self._producer.init_transactions()
-        except BaseException:
-            self.close()
-            raise
+        self._transactional_id = transactional_id
+        self._producer: Any = None
+        self._connect()
 
     def run(self, records: Sequence[Encoded], offsets: Offsets, member: Any) -> None:
         """All of it or nothing. member: who it was in its group when it received what it completes.
@@ -102,22 +96,51 @@ class Transactions:
             ) from None
 
     def close(self) -> None:
-        _close(self._producer, 1)
+        self._discard(1)
+
+    def _connect(self) -> None:
+        producer = self._cluster.producer(
+            transactional_id=self._transactional_id, transaction_timeout_ms=int(OPEN_S * 1000)
+        )
+        try:
+            with kafka_trouble():
+                producer.init_transactions()
+        except BaseException:
+            _close(producer, 1)
+            raise
+        self._producer = producer
+
+    def _discard(self, patience_s: float) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            _close(producer, patience_s)
 
     def _run(self, records: Sequence[Encoded], offsets: Offsets, member: Any) -> None:
+        if self._producer is None:
+            self._connect()
         sent: list[Any] = []
         try:
             self._producer.begin_transaction()
             sent += [_send(self._producer, self._cluster, record) for record in records]
             if offsets:
                 self._producer.send_offsets_to_transaction(offsets, member)
+            # The client may commit a transaction of which it gave up a record: then only the offsets stand.
+            for one in sent:
+                one.get(timeout=TRANSACTION_S)
             self._producer.commit_transaction()
         except kafka_errors.KafkaError as error:
             refused = next((one.exception for one in sent if one.is_done and one.failed()), error)
             self._abort(refused)
             if isinstance(refused, kafka_errors.CommitFailedError):
                 raise StaleMember from refused
+            # One whose records were refused goes on counting as if they had been taken: it is of no more use.
+            self._discard(0)
             raise translated(refused) from error
+        if not all(one.succeeded() for one in sent):
+            # The client library has begun anew in the middle of it, and calls that a commit.
+            raise Fenced(
+                "The Kafka cluster has not taken all of a transaction: nothing of it was written. Start anew."
+            )
 
     def _abort(self, reason: kafka_errors.KafkaError) -> None:
         """Where even that fails, the producer is of no more use."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import cast
@@ -87,7 +87,7 @@ class SqliteLog:
     def consumer(self, group: str, topics: Sequence[str], *, window: int = 4096) -> SqliteConsumer:
         return SqliteConsumer(self._file, group, topics, window, lags=self.lag, ring=self._ring)
 
-    def read(self, topics: Sequence[str], since: float) -> Iterator[Record]:
+    def read(self, topics: Sequence[str], since: float) -> Generator[Record, None, None]:
         for topic in topics:
             table(topic)
         with self._connection() as connection:
@@ -132,7 +132,7 @@ class SqliteLog:
         finally:
             self._idle.append(connection)
 
-    def _replay(self, ends: list[tuple[str, int]], since: float) -> Iterator[Record]:
+    def _replay(self, ends: list[tuple[str, int]], since: float) -> Generator[Record, None, None]:
         for topic, end in ends:
             with self._connection() as connection:
                 start = first_since(self._file, connection, topic, since)

@@ -12,11 +12,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-import workers.archiver.archive
-import workers.archiver.upkeep
 from workers.archiver import main as archiver
+
+for late in ("infra.eventlog.kafka", "infra.objects.s3_checks", "workers.archiver.archive"):
+    import_module(late)  # once, and not in each child
 
 moments = itertools.count()
 last_moment = -1

@@ -160,6 +160,7 @@ class Process:
             logger.error("fenced", action="another dispatcher took over; this one ends")
             return EXIT_FENCED
         finally:
+            self.view_writer.close()
             self.consumer.close()
             self.control.close()
         self.sign_off()

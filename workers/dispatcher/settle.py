@@ -112,7 +112,9 @@ class Settlement:
 
     def _record_failure(self, key: CircuitKey, now: float) -> None:
         if self._breaker.record(key, False, now):
-            logger.warning("breaker_opened", model=key.model, version=key.version, tenant=key.tenant)
+            logger.warning(
+                "breaker_opened", model=key.model, version=key.version, tenant=key.tenant
+            )
             self._tripped.add(key)
 
     def _run_again(self, job: OpenJob, now: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import islice
 
 from infra.eventlog import EventLog, Record
@@ -52,7 +52,7 @@ class ViewWriter:
         self._view = view
         self._log = log
         self._ttl = ttl
-        self._replay: Iterator[Record] | None = None
+        self._replay: Generator[Record, None, None] | None = None
         self._began_at = 0.0
         self._marks: set[int] = set()
         self._marked = False
@@ -102,9 +102,15 @@ class ViewWriter:
         except Transient:
             self._fall_behind()
 
+    def close(self) -> None:
+        """End a rebuild that is under way: what it reads with must be closed while the process still runs."""
+        if self._replay is not None:
+            self._replay.close()
+            self._replay = None
+
     def _fall_behind(self) -> None:
         self.behind = True
-        self._replay = None
+        self.close()
 
     def _begin(self, now: float) -> None:
         marks = self._view.marks()

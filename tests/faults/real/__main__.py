@@ -19,15 +19,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.faults.real import (  # noqa: F401
-    job_faults,
-    network_faults,
-    process_faults,
-    server_faults,
+from tests.faults.real import (
+    FAULTS,
+    Fault,
+    Finding,
+    Servers,
+    execute,
+    keep_evidence,
+    real_stack,
+    running_servers,
 )
-from tests.faults.real.servers import Servers, running_servers
-from tests.faults.real.stack import real_stack
-from tests.faults.real.suite import FAULTS, Fault, Finding, execute, keep_evidence
 
 console = Console()
 

@@ -26,7 +26,6 @@ from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 GROUP = "dispatcher"
 ENDED = {"succeeded", "failed", "expired", "cancelled"}
 AGAIN_S = 1.0
-SHOWN = 500
 
 
 class Stand(NamedTuple):
@@ -106,12 +105,12 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
             break
         time.sleep(AGAIN_S)
     found |= {"accepted": len(accepted), "duplicate_ids": len(accepted) - len(set(accepted))}
-    found |= _outcomes(accepted, outcomes, options.live)
+    found |= _outcomes(accepted, outcomes, options)
     if not options.live:
         letters = Counter(
             r.key.decode() for b in log.read(log.dead_letters).values() for r in b if r.key
         )
-        found |= _dead_letters(accepted, outcomes, letters)
+        found |= _dead_letters(accepted, outcomes, letters, options.outcomes)
     if options.seen:
         found["changed"] = _changed(options.seen, outcomes)
     if options.redis:
@@ -143,24 +142,28 @@ def _positions(
     unended = accepted - outcomes.keys()
     return {
         "open": open_,
-        "ahead": sorted((unended & known) - held)[:SHOWN],
-        "not_in_log": sorted(accepted - known)[:SHOWN],
-        "unasked": sorted(outcomes.keys() - known)[:SHOWN],
+        "ahead": sorted((unended & known) - held),
+        "not_in_log": sorted(accepted - known),
+        "unasked": sorted(outcomes.keys() - known),
     }
 
 
-def _outcomes(accepted: list[str], outcomes: dict[str, list[bytes]], live: bool) -> dict[str, Any]:
-    """twice: also of jobs that were not accepted and ran all the same."""
-    told = {job_id: json.loads(values[0]) for job_id, values in outcomes.items()}
+def _outcomes(
+    accepted: list[str], outcomes: dict[str, list[bytes]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The last outcome counts. twice: more of them than is right, also of jobs that were not accepted and ran
+    all the same. lost: too few."""
+    told = {job_id: json.loads(values[-1]) for job_id, values in outcomes.items()}
     mine = [told[job_id] for job_id in accepted if job_id in told]
+    short = [j for j in accepted if len(outcomes.get(j, ())) < options.outcomes]
     return {
-        "lost": [] if live else [job_id for job_id in accepted if job_id not in told][:SHOWN],
-        "twice": sorted(job_id for job_id, values in outcomes.items() if len(values) > 1)[:SHOWN],
+        "lost": [] if options.live else short,
+        "twice": sorted(j for j, values in outcomes.items() if len(values) > options.outcomes),
         "malformed": [
             job_id
             for job_id, outcome in told.items()
             if outcome["job_id"] != job_id or outcome["status"] not in ENDED
-        ][:SHOWN],
+        ],
         "statuses": Counter(outcome["status"] for outcome in mine),
         "codes": Counter(outcome["code"] for outcome in mine if outcome.get("code")),
         "attempts": Counter(outcome.get("attempts", 0) for outcome in mine),
@@ -168,9 +171,9 @@ def _outcomes(accepted: list[str], outcomes: dict[str, list[bytes]], live: bool)
 
 
 def _dead_letters(
-    accepted: list[str], outcomes: dict[str, list[bytes]], letters: Counter[str]
+    accepted: list[str], outcomes: dict[str, list[bytes]], letters: Counter[str], each: int
 ) -> dict[str, Any]:
-    """wrong_letters: jobs that failed without just one, or that have one and did not fail."""
+    """wrong_letters: jobs that failed without a letter for each time, or that have one and did not fail."""
     failed = {
         job_id
         for job_id in accepted
@@ -178,7 +181,7 @@ def _dead_letters(
     }
     return {
         "dead_letters": sum(letters[job_id] for job_id in accepted),
-        "wrong_letters": [j for j in accepted if letters[j] != (j in failed)][:SHOWN],
+        "wrong_letters": [j for j in accepted if letters[j] != each * (j in failed)],
     }
 
 
@@ -189,7 +192,7 @@ def _changed(seen: Path, outcomes: dict[str, list[bytes]]) -> list[str]:
         job_id
         for job_id, digest in lines
         if not outcomes.get(job_id) or zlib.crc32(outcomes[job_id][0]) != int(digest)
-    ][:SHOWN]
+    ]
 
 
 def _view(accepted: list[str], outcomes: dict[str, list[bytes]], deadline: float) -> dict[str, Any]:
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--redis", action="store_true")
     parser.add_argument("--patience-s", type=float, default=30)
     parser.add_argument("--live", action="store_true")
+    parser.add_argument("--outcomes", type=int, default=1, help="how many each job has")
     print(json.dumps(check(parser.parse_args())))
 
 

@@ -139,6 +139,27 @@ def _hold_all_slots(run: Run, load: Load, held: ExitStack) -> None:
         until(lambda n=taken: lines(marks) > n, STUCK_S, f"slot {taken} is taken")  # type: ignore[misc]
 
 
+# ── 17: redrive ──────────────────────────────────────────────────────────────────────────────────
+
+
+@fault(17, "redriven twice at once", long=Scale(1, 1_000), short=Scale(1, 40))
+def redriven(run: Run) -> None:
+    """Two people redrive the same letters, and the dispatcher dies meanwhile: each job runs once more."""
+    with run.submitted(statuses=("failed",), outcomes=2) as load:
+        ids = load.submit_marked("obey", run.scale.jobs, tier="standard", fail="on purpose")
+        run.answered(ids, time.monotonic())
+        command = ("deadletters", "redrive", "--code", "step_failed", "--yes")
+        redrives = [run.stack.headrace(*command) for _ in range(2)]
+        count = run.stack.watcher.count
+        until(lambda: run.stack.watcher.count > count, STUCK_S, "a redriven job has ended")
+        run.stack.keeper.signal("dispatcher-0", signal.SIGKILL)
+        for redrive in redrives:
+            said, _ = redrive.communicate(timeout=STUCK_S)
+            run.expect(not redrive.returncode, f"a redrive failed: {said[-200:]}")
+        again = len(ids) + count
+        until(lambda: run.stack.watcher.count >= again, STUCK_S, f"{len(ids)} second outcomes")
+
+
 # ── 22: clocks ───────────────────────────────────────────────────────────────────────────────────
 
 SKEWED = [sys.executable, "-m", "tests.faults.real.skewed_process"]

@@ -77,7 +77,12 @@ class Servers:
     redis_folder: Path
 
     def process(self, name: ServerName) -> ServerProcess:
-        return {"log": self.kafka, "objects": self.minio, "redis": self.redis}[name].process
+        processes = {
+            "log": self.kafka.process,
+            "objects": self.minio.process,
+            "redis": self.redis.process,
+        }
+        return processes[name]
 
     def kill(self, name: ServerName) -> None:
         self.process(name).kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,9 @@ SETTINGS = {
     "DISPATCHER__LEASE_S": LEASE_S,
     "DISPATCHER__RETRY_BASE_S": 0.05,
     "WORKER__EXECUTORS": 2,
+    # Jobs fail on purpose here.
+    "BREAKER__CONSECUTIVE": 1_000_000,
+    "BREAKER__MIN_JOBS": 1_000_000,
 }
 
 
@@ -137,10 +141,11 @@ class RealStack:
                     command = [py_spy, "dump", "--pid", str(self.keeper.pid(name))]
                     subprocess.run(command, stdout=out, stderr=out, check=False)
 
-    def check(self, accepted: Path, *, live: bool = False) -> dict[str, Any]:
+    def check(self, accepted: Path, *, live: bool = False, outcomes: int = 1) -> dict[str, Any]:
         """What the checker finds, a process that trusts nobody."""
         command = [sys.executable, str(CHECKER), "--servers", self.kafka_address]
         command += ["--prefix", self.prefix, "--accepted", str(accepted)]
+        command += ["--outcomes", str(outcomes)]
         if live:
             command.append("--live")
         else:
@@ -161,17 +166,23 @@ class RealStack:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def _headrace(self, *args: object) -> None:
-        done = subprocess.run(
+    def headrace(self, *args: object) -> subprocess.Popen[str]:
+        """A command of the product that has been started."""
+        return subprocess.Popen(
             [sys.executable, "-m", "headrace", *map(str, args)],
             cwd=ROOT,
             env=self.environment("client"),
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            check=False,
         )
-        if done.returncode:
-            raise RuntimeError(f"headrace {args}: {done.stdout}\n{done.stderr}")
+
+    def _headrace(self, *args: object) -> None:
+        running = self.headrace(*args)
+        said, _ = running.communicate()
+        if running.returncode:
+            raise RuntimeError(f"headrace {args}: {said}")
 
 
 @contextmanager

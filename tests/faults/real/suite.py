@@ -152,18 +152,21 @@ class Run:
         self._judge(load, statuses)
 
     @contextmanager
-    def submitted(self, statuses: Sequence[str] = ("succeeded",)) -> Iterator[Load]:
-        """For jobs that the fault submits itself, by `load.submit`. After the block, all have ended."""
+    def submitted(
+        self, statuses: Sequence[str] = ("succeeded",), outcomes: int = 1
+    ) -> Iterator[Load]:
+        """For jobs that the fault submits itself, by `load.submit`. After the block, all have ended.
+        outcomes: how many each has then, more than one where jobs are redriven."""
         load = self._new_load()
         try:
             yield load
             self.drained(load)
         except TooLate:
-            self._judge(load, statuses)
+            self._judge(load, statuses, outcomes)
             raise
         finally:
             load.close()
-        self._judge(load, statuses)
+        self._judge(load, statuses, outcomes)
 
     def _new_load(self) -> Load:
         self._loads += 1
@@ -219,8 +222,8 @@ class Run:
             if found.get(name):
                 self.expect(False, f"{name} under way: {len(found[name])}, {found[name][:3]}")
 
-    def _judge(self, load: Load, statuses: Sequence[str]) -> None:
-        found = self.stack.check(load.file)
+    def _judge(self, load: Load, statuses: Sequence[str], outcomes: int = 1) -> None:
+        found = self.stack.check(load.file, outcomes=outcomes)
         finding = self.finding
         finding.jobs += found["accepted"]
         finding.lost += len(found["lost"])
