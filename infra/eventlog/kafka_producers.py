@@ -136,11 +136,6 @@ class Transactions:
             # One whose records were refused goes on counting as if they had been taken: it is of no more use.
             self._discard(0)
             raise translated(refused) from error
-        if not all(one.succeeded() for one in sent):
-            # The client library has begun anew in the middle of it, and calls that a commit.
-            raise Fenced(
-                "The Kafka cluster has not taken all of a transaction: nothing of it was written. Start anew."
-            )
 
     def _abort(self, reason: kafka_errors.KafkaError) -> None:
         """Where even that fails, the producer is of no more use."""

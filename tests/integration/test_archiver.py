@@ -20,6 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from headrace.cli import app
+from infra.embedded import announced_ready
 from infra.eventlog import EventLog, NewRecord
 from infra.eventlog.open import connect_log
 from infra.lake import GROUP, lake_files, locate, read_rows
@@ -71,6 +72,7 @@ class Place(NamedTuple):
             env={**self.environment, **own},
         )
         try:
+            until(lambda: announced_ready(self.settings, "archiver", process.pid))
             yield process
         finally:
             process.kill()
@@ -149,10 +151,13 @@ def place(
     """A log and an object store that nobody has used."""
     own = {"HEADRACE_DATA_DIR": str(tmp_path), "HEADRACE_ARCHIVER__FILE_AGE_S": "0.05"}
     with ExitStack() as made:
-        if request.param == "servers":
+        if request.param != "files":
+            partitions = 2 if request.param == "partitioned" else 1
             broker, s3 = request.getfixturevalue("broker"), request.getfixturevalue("s3")
             own |= s3.environment
-            own["HEADRACE_LOG_URL"] = made.enter_context(fresh_topics(broker.url, [RESULTS], 2))
+            own["HEADRACE_LOG_URL"] = made.enter_context(
+                fresh_topics(broker.url, [RESULTS], partitions)
+            )
             own["HEADRACE_OBJECTS_URL"] = s3.url(made.enter_context(s3.bucket()))
             own["HEADRACE_S3__CACHE_DIR"] = str(tmp_path / "cache")
             own["HEADRACE_KAFKA__SESSION_TIMEOUT_S"] = "6"
@@ -236,7 +241,7 @@ def test_an_old_job_is_shown_queried_erased_and_pruned(
     assert headrace("lake", "show") == []
 
 
-@pytest.mark.parametrize("place", ["servers"], indirect=True)
+@pytest.mark.parametrize("place", ["partitioned"], indirect=True)
 def test_archivers_come_and_go_and_each_job_is_in_the_lake_once(place: Place) -> None:
     expected: list[str] = []
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Collection
+from contextlib import suppress
 
 import msgspec
 
 from infra.eventlog import Consumer, Follower, Record
 from infra.logs import get_logger
 from schemas.errors import InvalidJob, Transient
-from schemas.jobs import CANCEL_TYPE, read_job
+from schemas.jobs import read_cancel, read_job
 from schemas.topics import CONTROL, JOB_TOPICS, RETRY, lane_of
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
@@ -140,6 +141,8 @@ class Intake:
 
     def _take(self, record: Record, now: float) -> None:
         if record.position.topic == CONTROL:
+            # Every dispatcher hears it by itself; one of them answers for what is no event.
+            read_cancel(record.key, record.headers, record.value)
             self._outcomes.skip(record.position)
             return
         job = read_job(record.position.topic, record.headers, record.value, record.time)
@@ -190,8 +193,9 @@ class Intake:
 
     def _hear_control(self, now: float) -> None:
         for record in self._control.receive():
-            if record.headers.get("ce_type") == CANCEL_TYPE:
-                self._cancel(record.key, now)
+            with suppress(InvalidJob):
+                if job_id := read_cancel(record.key, record.headers, record.value):
+                    self._cancel(job_id, now)
 
     def _cancel(self, job_id: str, now: float) -> None:
         self._memory.cancel(job_id)

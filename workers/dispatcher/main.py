@@ -22,8 +22,8 @@ from infra.preconditions import preconditions
 from infra.redis_client import connect_redis, connect_view
 from infra.settings import Settings, load_settings
 from infra.tasks import Mailboxes, make_app
-from schemas.errors import PipelineError, Transient
-from schemas.jobs import CANCEL_TYPE
+from schemas.errors import InvalidJob, PipelineError, Transient
+from schemas.jobs import read_cancel
 from schemas.topics import CONTROL, TOPIC_BY_NAME
 from workers.dispatcher.admit import Admitter
 from workers.dispatcher.batching import Batcher
@@ -105,7 +105,13 @@ class Process:
         objects = connect_objects(settings)
         catalogue = Catalogue(objects)
         self.janitor = Janitor(log, objects)
-        admitter = Admitter(catalogue.resolve, self.memory, options.max_deadline_s)
+        tenants = settings.tenants
+        admitter = Admitter(
+            catalogue.resolve,
+            self.memory,
+            options.max_deadline_s,
+            keys=tenants.secrets() if tenants.require_proof else None,
+        )
         ownership = Ownership(
             self.consumer,
             log,
@@ -230,8 +236,9 @@ class Process:
 def recall_cancels(memory: JobMemory, log: EventLog) -> None:
     """Read back from the log what an earlier life knew of cancel requests."""
     for record in log.read([CONTROL], time.time() - TOPIC_BY_NAME[CONTROL].retention_s):
-        if record.headers.get("ce_type") == CANCEL_TYPE:
-            memory.cancel(record.key)
+        with suppress(InvalidJob):
+            if job_id := read_cancel(record.key, record.headers, record.value):
+                memory.cancel(job_id)
 
 
 if __name__ == "__main__":

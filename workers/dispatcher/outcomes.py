@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -14,7 +15,14 @@ from infra.job_view import Ended
 from infra.logs import get_logger
 from schemas.batches import ItemOutcome
 from schemas.errors import InvalidJob, PipelineError
-from schemas.jobs import Job, job_headers, job_value, retry_headers
+from schemas.jobs import (
+    DEAD_LETTER_HEADERS,
+    KEY_LIMIT_CHARS,
+    Job,
+    job_headers,
+    job_value,
+    retry_headers,
+)
 from schemas.results import Outcome, Status, encode_outcome, outcome_of, result_headers
 from schemas.topics import KEYS, RESULTS, RETRY, dead_letter_topic, is_dead_letter_topic
 from workers.dispatcher.memory import JobMemory, fingerprint_of, is_keyed
@@ -143,16 +151,28 @@ class Outcomes:
         self._view.show([one.ended for one in written if one.ended], now)
 
     def _write_singly(self, now: float) -> None:
-        """The log does not take one of the records for its size: that can only be a dead letter, which goes
-        without its value. The original is where its headers say, for as long as its topic keeps it."""
+        """The log does not take one of the records for its size: a retry or a dead letter, which have more
+        headers than the job had. What they answer must end all the same, or its partition stands still."""
         for at in list(self._written):
             try:
                 self._write([at], now)
             except InvalidJob as error:
-                logger.warning("dead_letter_without_value", at=at, error=error.message)
-                lighter = [_without_value(record) for record in self._written[at].outputs]
-                self._written[at] = self._written[at]._replace(outputs=lighter)
-                self._write([at], now)
+                self._write_smaller(at, error, now)
+
+    def _write_smaller(self, at: Position, error: InvalidJob, now: float) -> None:
+        """A job that cannot be retried fails. A dead letter goes without its value, or with the reason alone:
+        the original is where its headers say, for as long as its topic keeps it."""
+        written = self._written[at]
+        if written.job and any(record.topic == RETRY for record in written.outputs):
+            made = max(written.job.attempt - 1, 0)
+            self.fail(msgspec.structs.replace(written.job, attempt=made), at, error, now)
+        logger.warning("dead_letter_cut", at=at, error=error.message)
+        for smaller in (_without_value, _reason_alone):
+            written = self._written[at]
+            self._written[at] = written._replace(outputs=[*map(smaller, written.outputs)])
+            with suppress(InvalidJob):
+                return self._write([at], now)
+        raise error
 
     def _move(self, job: Job, at: Position, now: float) -> None:
         again = NewRecord(RETRY, job.id, retry_headers(job), job_value(job))
@@ -175,6 +195,13 @@ def _without_value(record: NewRecord) -> NewRecord:
         return record
     dropped = {"x-value-dropped": f"{len(record.value)} bytes"}
     return record._replace(headers=record.headers | dropped, value=b"")
+
+
+def _reason_alone(record: NewRecord) -> NewRecord:
+    if not is_dead_letter_topic(record.topic):
+        return record
+    reason = {name: record.headers[name] for name in DEAD_LETTER_HEADERS & record.headers.keys()}
+    return record._replace(key=record.key[:KEY_LIMIT_CHARS], headers=reason)
 
 
 def _key(job: Job) -> Iterator[NewRecord]:

@@ -115,7 +115,8 @@ class FakeConsumer:
         if moved := set(self.taken) & set(fresh):
             raise Moved(f"{moved} moved")
         for output in outputs:
-            size = len(output.value)
+            headers = sum(len(name) + len(text) for name, text in output.headers.items())
+            size = len(output.key) + headers + len(output.value)
             if size > self._log.largest_bytes:
                 raise InvalidJob("record_too_large", f"{size} bytes")
         assert len(set(fresh)) == len(fresh), "a position was completed twice in one transaction"

@@ -14,7 +14,7 @@ from infra.fleet import Seat, SlotToken
 from infra.settings import BreakerSettings
 from schemas.batches import Batch, Completion, ItemOutcome
 from schemas.errors import InvalidJob, Transient
-from schemas.jobs import Job, job_headers, job_value
+from schemas.jobs import Job, cancel_headers, job_headers, job_value
 from schemas.models import ModelCard
 from schemas.topics import CONTROL, lane_of
 from workers.dispatcher.admit import Admitter
@@ -104,7 +104,7 @@ class World:
         )
 
     def cancel(self, job_id: str) -> None:
-        self.log.append([NewRecord(CONTROL, job_id, {"ce_type": "io.headrace.cancel.v1"}, b"")])
+        self.log.append([NewRecord(CONTROL, job_id, cancel_headers("default", job_id), b"")])
 
     # ── dispatcher ───────────────────────────────────────────────────────────────────────────────
 

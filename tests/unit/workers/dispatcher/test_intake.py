@@ -9,7 +9,7 @@ import pytest
 
 from infra.eventlog import NewRecord, Position
 from schemas.errors import Transient
-from schemas.jobs import Job, job_headers, job_value, retry_headers
+from schemas.jobs import Job, cancel_headers, job_headers, job_value, retry_headers
 from schemas.payloads import Payload
 from schemas.topics import CONTROL, LANES, RETRY
 from workers.dispatcher.memory import JobMemory
@@ -48,7 +48,7 @@ def test_a_good_job_is_held_and_waits(world: Any, make_job: MakeJob) -> None:
     assert world.consumer.open == {Position("jobs.text.basic", 0, 0)}
 
 
-@pytest.mark.parametrize("topic", ["jobs.text.standard", "jobs.image.bulk", RETRY])
+@pytest.mark.parametrize("topic", ["jobs.text.standard", "jobs.image.bulk", RETRY, CONTROL])
 def test_a_malformed_record_is_a_dead_letter_and_its_position_is_complete(
     world: Any, make_job: MakeJob, topic: str
 ) -> None:
@@ -209,7 +209,8 @@ def test_a_control_record_of_another_kind_cancels_nothing(world: Any, make_job: 
     """`control` will carry more than cancel requests; a dispatcher must pass over what it does not know."""
     world.submit(make_job(id="a"))
     take(world)
-    world.log.append([NewRecord(CONTROL, "a", {"ce_type": "io.headrace.retrain.v1"}, b"")])
+    headers = cancel_headers("default", "a") | {"ce_type": "io.headrace.retrain.v1"}
+    world.log.append([NewRecord(CONTROL, "a", headers, b"")])
 
     take(world)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from infra.eventlog import NewRecord
 from schemas.batches import Completion, ItemOutcome
 from schemas.jobs import Job, read_job
 from schemas.payloads import Payload
@@ -354,3 +355,37 @@ def test_a_dead_letter_too_large_for_the_log_goes_without_its_value(
     assert letter.headers["x-value-dropped"] == "5000 bytes"
     assert letter.headers["x-original-offset"] == "1"
     assert len(world.outcomes) == 0
+
+
+def test_a_job_too_large_to_be_retried_fails(world: Any, run: Any, make_job: MakeJob) -> None:
+    """A producer may compress; what came in then does not go out with the headers of a retry."""
+    small, large = (Payload("text/plain", data=b"x" * size) for size in (4500, 5000))
+    run(make_job(id="a", payload=small), make_job(id="large", payload=large))
+    world.log.largest_bytes = 2000
+
+    settle(world, GOOD, PASSING)
+
+    outcomes = {outcome.job_id: outcome for outcome in world.log.outcomes()}
+    assert outcomes["a"].status == "succeeded"
+    assert (outcomes["large"].code, outcomes["large"].attempts) == ("record_too_large", 1)
+    (letter,) = world.log.records["jobs.text.standard.dlq"]
+    assert letter.headers["x-value-dropped"] == "5000 bytes"
+    assert world.log.records.get(RETRY, []) == []
+    assert len(world.outcomes) == 0
+
+
+def test_of_a_record_with_large_headers_and_key_the_dead_letter_has_the_reason_alone(
+    world: Any,
+) -> None:
+    large = "x" * 5000
+    world.log.append([NewRecord("jobs.text.bulk", large, {"app": large}, b"?")])
+    world.log.largest_bytes = 2000
+
+    world.intake.receive(world.clock.wall())
+    world.outcomes.commit(world.clock.wall())
+
+    (letter,) = world.log.records["jobs.text.bulk.dlq"]
+    assert letter.key == large[:256]
+    assert letter.headers["x-error"] == "record_malformed"
+    assert "app" not in letter.headers
+    assert world.consumer.open == set()
