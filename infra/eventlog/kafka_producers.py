@@ -121,12 +121,18 @@ class Transactions:
         sent: list[Any] = []
         try:
             self._producer.begin_transaction()
+            begun_as = self._epoch()
             sent += [_send(self._producer, self._cluster, record) for record in records]
             if offsets:
                 self._producer.send_offsets_to_transaction(offsets, member)
-            # The client may commit a transaction of which it gave up a record: then only the offsets stand.
+            # The client may commit a transaction of which it gave up a record, or which it began anew in the
+            # middle: what was in it before is not in it any more.
             for one in sent:
                 one.get(timeout=TRANSACTION_S)
+            if self._epoch() != begun_as:
+                raise Fenced(
+                    "The Kafka client has begun a transaction anew: nothing was written. Start anew."
+                )
             self._producer.commit_transaction()
         except kafka_errors.KafkaError as error:
             refused = next((one.exception for one in sent if one.is_done and one.failed()), error)
@@ -136,6 +142,9 @@ class Transactions:
             # One whose records were refused goes on counting as if they had been taken: it is of no more use.
             self._discard(0)
             raise translated(refused) from error
+
+    def _epoch(self) -> Any:
+        return self._producer._transaction_manager.producer_id_and_epoch
 
     def _abort(self, reason: kafka_errors.KafkaError) -> None:
         """Where even that fails, the producer is of no more use."""

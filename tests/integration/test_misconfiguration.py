@@ -300,7 +300,7 @@ def test_a_broker_that_keeps_too_little_of_a_commit_loses_nothing_and_is_named()
         fresh_topics(server.url, [A, RESULTS], 1) as url,
         closing(open_log(url)) as log,
     ):
-        assert "offset.metadata.max.bytes to 4096" in refused(Settings(log_url=url))
+        assert "offset.metadata.max.bytes is 64" in refused(Settings(log_url=url))
         log.append(jobs)
         consumer = log.consumer("g", [A])
         records = take(consumer, 600)
