@@ -27,10 +27,11 @@ class Ended(NamedTuple):
     reply_to: str | None
 
 
-# Only while it is there: after a loss of memory the view must not seem complete.
+# Only while it is as it was last seen: after a loss of memory, all of it or the latest part, the view must not
+# seem complete.
 _MOVE_MARK = """
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 return 1
 """
 
@@ -45,6 +46,7 @@ class JobView:
     def __init__(self, redis: Redis, writer: int = 0) -> None:
         self._redis = redis
         self.writer = writer
+        self._seen: dict[int, str] = {}
 
     def show(self, outcomes: Sequence[tuple[str, bytes]], ttl_s: int) -> None:
         """Show jobs for ttl_s, over what was shown of them. outcomes: job id and encoded outcome."""
@@ -71,28 +73,39 @@ class JobView:
             for client, job_ids in notices.items():
                 pipe.publish(_channel(client), "\n".join(job_ids))
             if complete_to is not None:
-                pipe.eval(_MOVE_MARK, 1, _MARKS, self.writer, repr(complete_to))
+                self._move(pipe, self.writer, complete_to)
             answers = as_any(pipe.execute())
-        return complete_to is None or bool(answers[-1])
+        if complete_to is None:
+            return True
+        self._seen[self.writer] = repr(complete_to)
+        return bool(answers[-1])
 
     def rebuild_from(self, since: float) -> None:
         """Set the writer's mark, unless it has one."""
         with redis_errors():
             self._redis.hsetnx(_MARKS, str(self.writer), repr(since))
+        self._seen[self.writer] = repr(since)
 
     def marks(self) -> dict[int, float]:
         """By writer. Empty if the view lost its memory."""
         with redis_errors():
             marks = as_any(self._redis.hgetall(_MARKS))
-        return {int(writer): float(mark) for writer, mark in marks.items()}
+        self._seen = {int(writer): mark.decode() for writer, mark in marks.items()}
+        return {writer: float(mark) for writer, mark in self._seen.items()}
 
     def move_marks(self, writers: Iterable[int], complete_to: float) -> bool:
-        """Every outcome up to a time is shown, whoever wrote it. False if a mark was gone meanwhile."""
+        """Every outcome up to a time is shown, whoever wrote it; a mark that its own writer has moved since it
+        was read stays. False if this writer's was lost meanwhile."""
         with redis_errors():
             pipe = self._redis.pipeline(transaction=False)
-            for writer in writers:
-                pipe.eval(_MOVE_MARK, 1, _MARKS, writer, repr(complete_to))
-            return all(as_any(pipe.execute()))
+            for writer in sorted(writers, key=lambda writer: writer == self.writer):
+                self._move(pipe, writer, complete_to)
+            moved = as_any(pipe.execute())
+        self._seen[self.writer] = repr(complete_to)
+        return bool(moved[-1])
+
+    def _move(self, pipe: Redis, writer: int, complete_to: float) -> None:
+        pipe.eval(_MOVE_MARK, 1, _MARKS, writer, self._seen.get(writer, ""), repr(complete_to))
 
     def sign_off(self) -> None:
         """This writer writes no more, and everything it wrote is shown."""

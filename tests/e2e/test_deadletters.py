@@ -137,12 +137,12 @@ def test_a_job_that_fails_again_has_another_letter_which_may_be_redriven(
 
 
 def test_a_record_that_is_no_job_stays_where_it_is(stack: Stack, client: Client) -> None:
-    client.log.append([NewRecord(TOPIC, "garbage", {"what": "is this"}, b"\0")])
-    stack.until(lambda: stack.dead_letters("garbage"))
+    client.log.append([NewRecord(TOPIC, "not a job", {"what": "is this"}, b"\0")])
+    stack.until(lambda: stack.dead_letters("not a job"))
 
-    (letter,) = stack.json("deadletters", "list", "--job", "garbage")
+    (letter,) = stack.json("deadletters", "list", "--job", "not a job")
     assert letter["obstacle"]
-    options = ("deadletters", "redrive", "--job", "garbage", "--yes")
+    options = ("deadletters", "redrive", "--job", "not a job", "--yes")
     assert stack.json(*options) == {"redriven": 0, "left_out": 1}
     assert stack.json(*options, "--force") == {"redriven": 1, "left_out": 0}
-    stack.until(lambda: len(stack.dead_letters("garbage")) == 2)
+    stack.until(lambda: len(stack.dead_letters("not a job")) == 2)

@@ -196,7 +196,7 @@ def test_a_user_who_lacks_one_right_is_told_which(
     until(lambda: not allowed(settings))
     assert "this user lacks WRITE on topic results" in refused(settings)
 
-    rights(False, "GROUP", prefix, "READ")
+    rights(False, "GROUP", prefix, "ALL")
     rights(False, "TRANSACTIONAL_ID", prefix, "ALL")
     until(lambda: "transactional id" in refused(settings))
     assert f"READ on group {prefix}dispatcher" in refused(settings)

@@ -18,6 +18,8 @@ import psutil
 import pytest
 import redis
 
+from infra.job_view import _MARKS as MARKS
+from infra.job_view import JobView
 from tests.servers.redis import RedisServer, TlsFiles, redis_server, tls_before
 
 if TYPE_CHECKING:
@@ -177,3 +179,23 @@ def nobody_had_to_die(watched: Watched) -> None:
     """It was not a supervisor's restart that made it go on."""
     stack = watched.stack
     assert [stack.restarts(child) for child in ("dispatcher", "worker-0")] == [0, 0]
+
+
+def test_a_view_that_lost_the_latest_it_was_told_is_not_taken_for_complete() -> None:
+    """As after a failover to a replica that lagged, or a file of which the end is missing."""
+    with redis_server() as server, redis.Redis.from_url(server.url) as connection:
+        mine, other = JobView(connection, 0), JobView(connection, 1)
+        mine.rebuild_from(1.0)
+        other.rebuild_from(1.0)
+        assert mine.ended([], 60, 2.0)
+        before: Any = connection.hgetall(MARKS)
+        assert mine.ended([], 60, 3.0)
+
+        connection.hset(MARKS, mapping=before)
+
+        assert not mine.ended([], 60, 4.0)
+        assert mine.marks() == {0: 2.0, 1: 1.0}
+        assert other.ended([], 60, 5.0)
+        assert mine.move_marks([0, 1], 6.0)
+        assert mine.marks() == {0: 6.0, 1: 5.0}
+        assert mine.ended([], 60, 7.0)

@@ -6,13 +6,14 @@ them in stack.py, the vocabulary of a fault in suite.py, and the faults in *_fau
 
 from tests.faults.real import job_faults, network_faults, process_faults, server_faults
 from tests.faults.real.servers import Servers, running_servers
-from tests.faults.real.stack import real_stack
+from tests.faults.real.stack import RealStack, real_stack
 from tests.faults.real.suite import FAULTS, Fault, Finding, execute, keep_evidence
 
 __all__ = [
     "FAULTS",
     "Fault",
     "Finding",
+    "RealStack",
     "Servers",
     "execute",
     "job_faults",

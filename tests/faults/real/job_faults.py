@@ -142,7 +142,7 @@ def _hold_all_slots(run: Run, load: Load, held: ExitStack) -> None:
 # ── 17: redrive ──────────────────────────────────────────────────────────────────────────────────
 
 
-@fault(17, "redriven twice at once", long=Scale(1, 1_000), short=Scale(1, 40))
+@fault(17, "redriven twice at once", long=Scale(1, 1_000), short=Scale(1, 40), alone=True)
 def redriven(run: Run) -> None:
     """Two people redrive the same letters, and the dispatcher dies meanwhile: each job runs once more."""
     with run.submitted(statuses=("failed",), outcomes=2) as load:
@@ -165,7 +165,9 @@ def redriven(run: Run) -> None:
 SKEWED = [sys.executable, "-m", "tests.faults.real.skewed_process"]
 
 
-@fault(22, "clocks 10 minutes off, and set anew", long=Scale(3, 8_000), short=Scale(1, 500))
+@fault(
+    22, "clocks 10 minutes off, and set anew", long=Scale(3, 8_000), short=Scale(1, 500), alone=True
+)
 def clocks(run: Run) -> None:
     """Each process has a clock of its own, ten minutes early or late; they jump while jobs run. A worker dies
     under each setting, so that leases and retries meet it too."""
@@ -187,7 +189,12 @@ def clocks(run: Run) -> None:
 
 
 @fault(
-    22.1, "dispatchers' clocks 20 minutes apart", long=Scale(5, 4_000), short=None, dispatchers=2
+    22.1,
+    "dispatchers' clocks 20 minutes apart",
+    long=Scale(5, 4_000),
+    short=None,
+    dispatchers=2,
+    alone=True,
 )
 def clocks_apart(run: Run) -> None:
     """What one dispatcher puts off to a time, the other one may have to let go on."""

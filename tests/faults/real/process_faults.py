@@ -114,7 +114,7 @@ WORKER_STEPS = (
     "fleet.offer",
     "fleet.beat",
 )
-SHORT_STEPS = 6
+SHORT_STEPS = 4
 
 
 def run_bent(

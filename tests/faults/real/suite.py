@@ -37,6 +37,7 @@ class Scale:
 @dataclass(frozen=True)
 class Fault:
     """limit_s: within which recovery is promised. short: None where it has no short form.
+    alone: leaves its stack otherwise than others expect it.
     unable: why it cannot be done with these servers, "" if it can."""
 
     number: float
@@ -48,6 +49,7 @@ class Fault:
     dispatchers: int
     workers: int
     proxied: bool
+    alone: bool
     unable: Callable[[Any], str]
 
     @property
@@ -68,13 +70,26 @@ def fault(
     dispatchers: int = 1,
     workers: int = 2,
     proxied: bool = False,
+    alone: bool = False,
     unable: Callable[[Any], str] = lambda servers: "",
 ) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
     """number: in ../shared/reference/reliability.md's list, with a decimal where one has several parts."""
 
     def register(run: Callable[[Run], None]) -> Callable[[Run], None]:
         FAULTS.append(
-            Fault(number, name, run, long, short, limit_s, dispatchers, workers, proxied, unable)
+            Fault(
+                number,
+                name,
+                run,
+                long,
+                short,
+                limit_s,
+                dispatchers,
+                workers,
+                proxied,
+                alone,
+                unable,
+            )
         )
         FAULTS.sort(key=lambda one: one.number)
         return run
