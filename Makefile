@@ -32,8 +32,8 @@ test: setup ## every test, faults in their short form
 test-long: setup ## every test, faults at full length
 	HEADRACE_FAULTS=long $(BIN)/python -m pytest --timeout 1800
 
-faults: setup ## every fault on real servers at full length, as in docs/faults.md: an hour
-	$(BIN)/python -m tests.faults.real --long --json docs/faults.json
+faults: setup ## every fault on real servers at full length, for docs/faults.md: two hours
+	$(BIN)/python -m tests.faults.real --long --write-docs
 
 demo: setup ## three real models, real inputs, the answers in a table
 	$(BIN)/headrace demo

@@ -1,4 +1,4 @@
-"""The fault suite: `python -m tests.faults.real [--long] [--only 2,3] [--json FILE]`.
+"""The fault suite: `python -m tests.faults.real [--long] [--only 2,3] [--json FILE] [--write-docs]`.
 
 Exit code 0: every promise was kept. 1: one was not. 2: there are no servers to do it on.
 """
@@ -6,18 +6,15 @@ Exit code 0: every promise was kept. 1: one was not. 2: there are no servers to 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from tests.faults.real import (
     FAULTS,
@@ -29,6 +26,7 @@ from tests.faults.real import (
     real_stack,
     running_servers,
 )
+from tests.faults.real.report import renew_docs, renew_json, table_of
 
 console = Console()
 
@@ -51,11 +49,14 @@ def main() -> int:
                 findings.append(_one(one, servers, options))
                 progress.console.print(_line(findings[-1]))
                 progress.advance(task)
-                _write(options.json, findings)
+                if options.json:
+                    renew_json(options.json, findings)
     except (pytest.skip.Exception, pytest.fail.Exception) as missing:
         console.print(str(missing))
         return 2
-    console.print(_table(findings))
+    console.print(table_of(findings))
+    if options.write_docs:
+        renew_docs(findings)
     return int(any(finding.breaches for finding in findings))
 
 
@@ -77,58 +78,6 @@ def _line(finding: Finding) -> str:
         reasons = escape("; ".join(finding.breaches))
         return f"[red]{finding.number:g} {finding.name}[/] ({finding.took_s:g} s): {reasons}"
     return f"[green]{finding.number:g} {finding.name}[/] ({finding.took_s:g} s)"
-
-
-def _table(findings: list[Finding]) -> Table:
-    table = Table(box=None, header_style="dim")
-    for column in (
-        "",
-        "fault",
-        "times",
-        "jobs",
-        "lost",
-        "twice",
-        "run again",
-        "back after",
-        "within",
-        "",
-    ):
-        table.add_column(column, justify="left" if column in ("fault", "") else "right")
-    for one in findings:
-        facts = one.as_dict()
-        p50, most = facts["recovery_p50_s"], facts["recovery_max_s"]
-        verdict = (
-            "not run"
-            if one.not_run
-            else "BROKEN"
-            if one.breaches
-            else "slow"
-            if one.slow
-            else "kept"
-        )
-        table.add_row(
-            f"{one.number:g}",
-            one.name,
-            f"{one.repeats}",
-            f"{one.jobs:,}",
-            f"{one.lost}",
-            f"{one.twice}",
-            f"{one.recomputed}",
-            f"{p50:.1f} / {most:.1f} s" if most is not None else "",
-            f"{one.limit_s:g} s" if one.limit_s else "",
-            verdict,
-        )
-    jobs, lost, twice = (
-        sum(getattr(f, name) for f in findings) for name in ("jobs", "lost", "twice")
-    )
-    table.add_row("", "all", "", f"{jobs:,}", f"{lost}", f"{twice}", end_section=True)
-    return table
-
-
-def _write(path: Path | None, findings: list[Finding]) -> None:
-    if path:
-        found = {"at": time.time(), "faults": [finding.as_dict() for finding in findings]}
-        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _progress() -> Progress:
@@ -154,7 +103,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.real", description=__doc__)
     parser.add_argument("--long", action="store_true", help="at full length: an hour")
     parser.add_argument("--only", default="", help="numbers of faults, as in 2,3,8.1")
-    parser.add_argument("--json", type=Path, help="write what was found here")
+    parser.add_argument("--json", type=Path, help="renew what was found in this file")
+    parser.add_argument("--write-docs", action="store_true", help="renew docs/faults.{md,json}")
     parser.add_argument("--list", action="store_true", help="show the faults and stop")
     parser.add_argument("--keep-all", action="store_true", help="keep what processes wrote, always")
     parser.add_argument(

@@ -78,7 +78,7 @@ def dispatcher_stalled(run: Run) -> None:
             run_bent(run, "dispatcher-0", "intake.receive", "before", stall_s=12, poll_s=6)
 
 
-@fault(14, "crash at every step boundary", long=Scale(5, 10_000), short=Scale(1, 1_500))
+@fault(14, "crash at every step boundary", long=Scale(3, 10_000), short=Scale(1, 1_000))
 def crash_at_step(run: Run) -> None:
     steps = [
         (name, step, when)
