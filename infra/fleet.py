@@ -36,6 +36,7 @@ BELL_TTL_S = 60
 
 _ASSIGNMENTS = "headrace:assignments"
 _DISPATCHERS = "headrace:dispatchers"
+_WORKERS = "headrace:workers"
 
 # At once, so that a Redis emptied in between leaves no batch that seems begun and without a lease.
 _BEGIN = """
@@ -60,6 +61,20 @@ for _, slot in ipairs(redis.call('SMEMBERS', KEYS[1])) do
     redis.call('RPUSH', ARGV[1] .. slot, '1')
     redis.call('EXPIRE', ARGV[1] .. slot, ARGV[2])
 end
+"""
+
+# At once, so that the slot given back for another one is never missing.
+_EXCHANGE = """
+local wanted = {}
+for i = 2, #ARGV do wanted[ARGV[i]] = true end
+for _, slot in ipairs(redis.call('LRANGE', KEYS[1], 0, 999)) do
+    if wanted[string.match(slot, '^[^/]+')] then
+        redis.call('LREM', KEYS[1], 1, slot)
+        redis.call('RPUSH', KEYS[1], ARGV[1])
+        return slot
+    end
+end
+return false
 """
 
 logger = get_logger("fleet")
@@ -215,6 +230,13 @@ class Fleet:
                         return token
         return None
 
+    def exchange(self, token: SlotToken, workers: Iterable[str]) -> SlotToken:
+        """Give back a slot for a like one of these workers; the same slot where they have none free."""
+        with redis_errors():
+            key = slots_key(token.seat)
+            raw = as_any(self._redis.eval(_EXCHANGE, 1, key, token.packed(), *workers))
+        return SlotToken.unpack(raw.decode()) if raw else token
+
     def lease(self, batch: Batch, worker: str) -> None:
         """Put a batch where its worker will fetch it, under a lease that starts now."""
         lease_ms = int(batch.lease_s * 1000)
@@ -309,20 +331,28 @@ class Fleet:
         with redis_errors():
             pipe = self._redis.pipeline(transaction=False)
             pipe.set(_worker(beat.worker), msgspec.json.encode(beat), ex=HEARTBEAT_TTL_S)
+            pipe.sadd(_WORKERS, beat.worker)
             for batch_id in renew:
                 pipe.set(_lease(batch_id), b"1", px=lease_ms)
             pipe.execute()
 
     def sign_off(self, worker: str) -> None:
         with redis_errors():
-            self._redis.delete(_worker(worker))
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.delete(_worker(worker))
+            pipe.srem(_WORKERS, worker)
+            pipe.execute()
 
     # ── onlookers ────────────────────────────────────────────────────────────────────────────────
 
     def workers(self) -> list[WorkerBeat]:
+        """Those that gave a sign of life lately, by name. The others are forgotten; a later sign of theirs counts."""
         with redis_errors():
-            keys = sorted(as_any(self._redis.scan_iter(_worker("*"), count=1000)))
-            raw = as_any(self._redis.mget(keys)) if keys else []
+            names = sorted(name.decode() for name in as_any(self._redis.smembers(_WORKERS)))
+            raw = as_any(self._redis.mget([_worker(name) for name in names])) if names else []
+            gone = [name for name, value in zip(names, raw, strict=True) if not value]
+            if gone:
+                self._redis.srem(_WORKERS, *gone)
         return [msgspec.json.decode(value, type=WorkerBeat) for value in raw if value]
 
     def dispatchers(self) -> list[DispatcherBeat]:

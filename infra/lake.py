@@ -85,15 +85,17 @@ def lake_files(objects: ObjectStore, tenant: str | None = None) -> Iterator[Lake
 def find_in_lake(objects: ObjectStore, job_id: str, most_days: float) -> Outcome | None:
     """The outcome of an archived job, the newest if it has several; None if the lake has none.
 
-    most_days: how long after its submission a job may end. Raises PipelineError (extra_missing), Transient.
+    most_days: how long after its submission a job may end, unless it failed and was redriven: that may be
+    any time later. Raises PipelineError (extra_missing, lake_corrupt), Transient.
     """
+    found: list[Outcome] = []
     for listed in (partial(runs_near, objects, job_id, most_days), partial(runs, objects)):
-        found: list[Outcome] = []
         for key in _look(objects, job_id, listed):
             found += _rows(objects, key, job_id)
-        if found:
-            return max(found, key=lambda outcome: outcome.finished_at or 0.0)
-    return None
+        newest = max(found, key=lambda outcome: outcome.finished_at or 0.0, default=None)
+        if newest and newest.status == "succeeded":
+            break
+    return newest
 
 
 def locate(objects: ObjectStore, job_id: str) -> set[str]:
@@ -102,11 +104,11 @@ def locate(objects: ObjectStore, job_id: str) -> set[str]:
 
 
 def read_rows(objects: ObjectStore, key: str) -> pa.Table | None:
-    """A file of rows; None if it is not there (any more)."""
+    """A file of rows; None if it is not there (any more). Raises PipelineError (lake_corrupt)."""
     from infra.lake_rows import read_parquet
 
     try:
-        return read_parquet(objects.get(key, max_bytes=FILE_LIMIT_BYTES))
+        return read_parquet(objects.get(key, max_bytes=FILE_LIMIT_BYTES), key)
     except InvalidJob as error:
         if error.code == "object_missing":
             return None

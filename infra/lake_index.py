@@ -2,9 +2,10 @@
 
     lake/_index/date=YYYY-MM-DD/<run>/<bits>-<bucket>.index    Parquet: hash, file; sorted by hash
 
-A run is immutable. It is cut into 2^bits buckets by the first bits of the hash, so that a lookup reads one
-small object of each run. The archiver writes a small run with each segment, and merges the runs of a day.
-A run counts once all its buckets are there; an entry may be in two runs, or point to a file that has gone.
+Only an erasure changes a run. It is cut into 2^bits buckets by the first bits of the hash, so that a lookup
+reads one small object of each run. The archiver writes a small run with each segment, and merges the runs of
+a day. A run counts once all its buckets are there; an entry may be in two runs, or point to a file that has
+gone.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ _BUCKET = re.compile(rf"({INDEX}/date=(\d{{4}}-\d\d-\d\d)/[^/]+)/(\d\d?)-(\d+)\.
 
 
 class Run(NamedTuple):
-    """A whole run. size_bytes: of all its buckets."""
+    """A whole run. size_bytes: of all its buckets. modified: when one of them was last written."""
 
     folder: str
     day: date
     bits: int
     size_bytes: int
+    modified: float
 
     @property
     def name(self) -> str:
@@ -74,6 +76,10 @@ def runs(objects: ObjectStore) -> list[Run]:
     return sorted(whole_and_rest(objects.list(INDEX))[0], key=lambda run: run.day)
 
 
+def runs_of_day(objects: ObjectStore, day: date) -> list[Run]:
+    return whole_and_rest(objects.list(day_folder(day)))[0]
+
+
 def runs_near(objects: ObjectStore, job_id: str, most_days: float) -> list[Run]:
     """The runs of the days on which a job may have ended, going by the time in its id; none if it has none."""
     made_at = submitted_near(job_id)
@@ -84,7 +90,7 @@ def runs_near(objects: ObjectStore, job_id: str, most_days: float) -> list[Run]:
     last = (made_on + timedelta(days=most_days + CLOCKS_DAYS)).date()
     found: list[Run] = []
     while day <= last:
-        found += whole_and_rest(objects.list(day_folder(day)))[0]
+        found += runs_of_day(objects, day)
         day += timedelta(days=1)
     return found
 
@@ -103,7 +109,8 @@ def whole_and_rest(listed: Iterable[ObjectInfo]) -> tuple[list[Run], list[Object
     for (folder, day, bits), buckets in found.items():
         if len(buckets) == 1 << bits:
             size_bytes = sum(info.size_bytes for info in buckets)
-            whole.append(Run(folder, date.fromisoformat(day), bits, size_bytes))
+            modified = max(info.modified for info in buckets)
+            whole.append(Run(folder, date.fromisoformat(day), bits, size_bytes, modified))
         else:
             rest += buckets
     return whole, rest
@@ -125,7 +132,8 @@ def files_of(objects: ObjectStore, searched: list[Run], job_id: str) -> set[str]
 def read_bucket(objects: ObjectStore, run: Run, bucket: int) -> pa.Table:
     from infra.lake_rows import read_parquet
 
-    return read_parquet(objects.get(run.bucket_key(bucket), max_bytes=BUCKET_LIMIT_BYTES))
+    key = run.bucket_key(bucket)
+    return read_parquet(objects.get(key, max_bytes=BUCKET_LIMIT_BYTES), key)
 
 
 def span(table: pa.Table, low: int, high: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from schemas.errors import PipelineError
 from schemas.payloads import Ref
 from schemas.results import NO_ANSWER, Outcome, StageTimes
 
@@ -54,14 +55,22 @@ def parquet(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def read_parquet(data: bytes) -> pa.Table:
-    return pq.ParquetFile(BytesIO(data)).read()
+def read_parquet(data: bytes, key: str) -> pa.Table:
+    """What lies in the object with this key. Raises PipelineError (lake_corrupt)."""
+    try:
+        return pq.ParquetFile(BytesIO(data)).read()
+    except (pa.ArrowException, OSError) as error:
+        raise PipelineError(
+            "lake_corrupt",
+            f"Object {key}: expected Parquet, came other ({error}): restore it from a copy, or delete it.",
+        ) from error
 
 
 def outcomes_of(table: pa.Table, job_id: str) -> list[Outcome]:
     """The rows of one job. Columns that an older file has not got are taken as empty."""
-    rows = table.filter(pc.equal(table["job_id"], job_id)).to_pylist()
-    return [_outcome(row) for row in rows]
+    rows = table.filter(pc.equal(table["job_id"], job_id))
+    whole = pa.concat_tables([SCHEMA.empty_table(), rows], promote_options="default")
+    return [_outcome(row) for row in whole.to_pylist()]
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:

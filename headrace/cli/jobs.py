@@ -229,10 +229,14 @@ def _state(outcome: Outcome) -> str:
 
 
 def _document(client: Client, outcome: Outcome, *, fetch: bool = True) -> dict[str, Any]:
-    """One job as JSON: everything known, with its answer in place."""
+    """One job as JSON: everything known, with its answer in place, if that is still there."""
     answer: Any = None
-    if outcome.status == "succeeded":
-        answer = client.result_of(outcome).answer if fetch or not outcome.ref else None
+    if outcome.status == "succeeded" and (fetch or not outcome.ref):
+        try:
+            answer = client.result_of(outcome).answer
+        except InvalidJob as error:
+            if error.code != "object_missing":
+                raise
     times = outcome.times
     return {
         "job": outcome.job_id,

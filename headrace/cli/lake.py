@@ -21,6 +21,7 @@ from schemas.errors import InvalidJob
 app = typer.Typer(help="See what is archived; erase and prune it.", no_args_is_help=True)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 class Holding(Struct, frozen=True):
@@ -35,11 +36,13 @@ class Holding(Struct, frozen=True):
 
 
 class Erased(Struct, frozen=True):
-    """files: of rows, deleted or written again. blobs: payloads and results."""
+    """files: of rows, deleted or written again. blobs: payloads and results. left: files with rows that came
+    later than the erasure; not known in a dry run."""
 
     erased: str
     files: int
     blobs: int
+    left: int | None
     dry_run: bool
 
 
@@ -83,7 +86,7 @@ def show(
 def erase(
     job: Annotated[str | None, typer.Option(help="The job to erase.")] = None,
     tenant: Annotated[str | None, typer.Option(help="The tenant to erase, up to now.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     dry_run: DryRun = False,
     json: Json = False,
     data: Data = None,
@@ -101,20 +104,26 @@ def erase(
 
     now = time.time()
     wanted = new_erasure("job", job, now) if job else new_erasure("tenant", tenant or "", now)
+    left: int | None = None
     if dry_run:
         found = erasing.find(objects, wanted)
     else:
         if not yes:
             typer.confirm(f"Erase {wanted.kind} {wanted.name} for good?", abort=True, err=True)
         with _progress("erasing") as report:
-            found = erasing.erase(objects, wanted, report)
-    done = Erased(wanted.name, len(found.whole) + len(found.mixed), len(found.blobs), dry_run)
+            found, later = erasing.erase(objects, wanted, report)
+        left = len(later)
+    done = Erased(wanted.name, len(found.whole) + len(found.mixed), len(found.blobs), left, dry_run)
     if json:
         print_json(done)
-    else:
-        verb = "would erase" if dry_run else "erased"
-        output.print(
-            f"{verb} {wanted.kind} {done.erased}: files of rows {done.files}, payloads and results {done.blobs}"
+        return
+    verb = "would erase" if dry_run else "erased"
+    output.print(
+        f"{verb} {wanted.kind} {done.erased}: files of rows {done.files}, payloads and results {done.blobs}"
+    )
+    if left:
+        console.print(
+            f"{left} files have rows that came later, by their clocks; erase again for them."
         )
 
 
@@ -124,6 +133,7 @@ def prune(
     days: Annotated[
         int | None, typer.Option(min=1, help="Keep so many days, instead of the setting's.")
     ] = None,
+    yes: Yes = False,
     dry_run: DryRun = False,
     json: Json = False,
     data: Data = None,
@@ -137,6 +147,9 @@ def prune(
     kept_days = settings.archiver.retention_days if days is None else days
     expired = upkeep.find_expired(objects, kept_days, time.time())
     if not dry_run:
+        if expired.files and not yes:
+            question = f"Delete {len(expired.files)} files older than {kept_days} days for good?"
+            typer.confirm(question, abort=True, err=True)
         with _progress("deleting") as report:
             upkeep.prune(objects, expired, report)
     size_bytes = sum(file.size_bytes for file in expired.files)

@@ -20,11 +20,13 @@ from infra.embedded import child_log
 from infra.embedded.record import ChildState, StackState, running_stack
 from infra.eventlog.open import connect_log
 from infra.fleet import DispatcherBeat, Fleet, WorkerBeat
-from infra.objects import connect_objects
+from infra.lake import GROUP as ARCHIVERS
+from infra.lake import SEGMENTS
+from infra.objects import ObjectStore, connect_objects
 from infra.redis_client import connect_redis
 from infra.settings import Settings
 from schemas.errors import PipelineError
-from schemas.topics import JOB_TOPICS, RETRY
+from schemas.topics import JOB_TOPICS, RESULTS, RETRY
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ class ChildStatus(Struct, frozen=True):
 
 
 class TopicStatus(Struct, frozen=True):
-    """open: accepted and without an outcome."""
+    """open: what the group that reads it has not ended yet."""
 
     open: int
     oldest_age_s: float
@@ -52,13 +54,15 @@ class TopicStatus(Struct, frozen=True):
 
 class Status(Struct, frozen=True):
     """All that `--json` prints. stack: the embedded one of this data folder, None where the settings name
-    servers of their own. trouble: what could not be asked, and why."""
+    servers of their own. lake: outcomes that are not archived yet, None where there is no lake.
+    trouble: what could not be asked, and why."""
 
     data_dir: str
     healthy: bool
     stack: StackState | None
     children: list[ChildStatus]
     topics: dict[str, TopicStatus] | None
+    lake: TopicStatus | None
     dispatchers: list[DispatcherBeat]
     workers: list[WorkerBeat]
     models: int | None
@@ -103,10 +107,12 @@ def look(settings: Settings, stack: StackState | None) -> Status:
             return None
 
     fleet = Fleet(connect_redis(settings))
-    topics = asked(lambda: _topics(settings))
+    objects = connect_objects(settings)
+    topics = asked(lambda: _lags(settings, GROUP, [*JOB_TOPICS, RETRY]))
+    lake = asked(lambda: _lake(settings, objects))
     dispatchers = asked(fleet.dispatchers) or []
     workers = asked(fleet.workers) or []
-    models = asked(lambda: len(Catalogue(connect_objects(settings)).cards()))
+    models = asked(lambda: len(Catalogue(objects).cards()))
     running = stack.healthy if stack else bool(dispatchers and workers)
     return Status(
         data_dir=str(settings.data_dir),
@@ -114,6 +120,7 @@ def look(settings: Settings, stack: StackState | None) -> Status:
         stack=stack,
         children=_children(settings, stack) if stack else [],
         topics=topics,
+        lake=lake,
         dispatchers=dispatchers,
         workers=workers,
         models=models,
@@ -121,10 +128,16 @@ def look(settings: Settings, stack: StackState | None) -> Status:
     )
 
 
-def _topics(settings: Settings) -> dict[str, TopicStatus]:
+def _lake(settings: Settings, objects: ObjectStore) -> TopicStatus | None:
+    if next(objects.list(SEGMENTS), None) is None:
+        return None
+    return _lags(settings, ARCHIVERS, [RESULTS])[RESULTS]
+
+
+def _lags(settings: Settings, group: str, topics: list[str]) -> dict[str, TopicStatus]:
     log = connect_log(settings)
     try:
-        lags = log.lag(GROUP, [*JOB_TOPICS, RETRY])
+        lags = log.lag(group, topics)
     finally:
         log.close()
     return {name: TopicStatus(lag.open, lag.oldest_age_s) for name, lag in lags.items()}
@@ -210,6 +223,9 @@ def _show_jobs(found: Status) -> None:
         if topic.open:
             age = _duration(topic.oldest_age_s)
             output.print(f"{name}: {topic.open} open, the oldest for {age}")
+    if found.lake and found.lake.open:
+        age = _duration(found.lake.oldest_age_s)
+        output.print(f"lake: {found.lake.open} outcomes to be archived, the oldest for {age}")
     for beat in found.dispatchers:
         waiting = sum(lane.waiting for lane in beat.waiting.values())
         ended = ", ".join(f"{count} {outcome}" for outcome, count in beat.ended.items())

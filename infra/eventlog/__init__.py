@@ -56,6 +56,8 @@ class Consumer(Protocol):
 
         Never more than max_records or (but for a first, larger record) max_bytes of values.
         A topic whose window of open records is full gives nothing until some complete.
+        What it returns is this member's now, also where `lost()` names the same positions: then they were
+        lost, and came back.
         Raises Fenced once it shows that another member has taken over.
         """
 

@@ -88,7 +88,10 @@ class KafkaMember:
         wait_s = 0.0
         try:
             while True:
+                lost_before = len(self._lost)
                 came = self._fetch(wait_s)
+                if lost := set(self._lost[lost_before:]):
+                    records = [record for record in records if record.position not in lost]
                 full = self._give(records, max_records, max_bytes)
                 wait_s = 0.0 if records else deadline - time.monotonic()
                 if full or (not came and (records or wait_s <= 0)):

@@ -137,10 +137,11 @@ class Transactions:
         except kafka_errors.KafkaError as error:
             refused = next((one.exception for one in sent if one.is_done and one.failed()), error)
             self._abort(refused)
+            # Of no more use: it goes on counting refused records as if they had been taken, and would commit the
+            # positions of this transaction with the next one.
+            self._discard(0)
             if isinstance(refused, kafka_errors.CommitFailedError):
                 raise StaleMember from refused
-            # One whose records were refused goes on counting as if they had been taken: it is of no more use.
-            self._discard(0)
             raise translated(refused) from error
 
     def _epoch(self) -> Any:

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from headrace.cli.topics import app as topics_cli
 from infra.eventlog import Consumer, EventLog, Fenced, Moved, NewRecord, Position, Record
 from infra.eventlog.kafka import cluster_at
+from infra.eventlog.kafka_producers import StaleMember
 from infra.eventlog.kafka_topics import ensure_topics
 from infra.eventlog.open import open_log
 from infra.settings import KafkaSettings
@@ -168,6 +169,28 @@ def test_who_was_dealt_out_learns_it_and_writes_nothing(
     still = [record for record in theirs if record.position not in given_up]
     second.complete(positions(still), answers(still))
     assert keys(list(log.read([RESULTS], 0))) == keys(still)
+
+
+def test_what_a_refused_transaction_answered_does_not_go_with_the_next(
+    member: Callable[..., Any], log: EventLog, take: Take
+) -> None:
+    log.append(new(A, *range(JOBS)))
+    consumer = member(0)
+    records = take(consumer, JOBS)
+    partition = records[0].position.partition
+    refused = [record for record in records if record.position.partition == partition]
+    others = [record for record in records if record not in refused]
+
+    stale = consumer._membership._replace(generation_id=consumer._membership.generation_id - 1)
+    trackers = consumer._with_completed([record.position for record in refused])
+    offsets = {name: OffsetAndMetadata(*t.encode(), -1) for name, t in trackers.items()}
+    with pytest.raises(StaleMember):
+        consumer._transactions.run([], offsets, stale)
+    consumer.complete([record.position for record in others])
+    consumer.close()
+
+    again = take(member(0), len(refused))
+    assert sorted(record.key for record in again) == sorted(record.key for record in refused)
 
 
 def test_whoever_returns_to_its_slot_finds_its_partitions_and_only_what_was_open(

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import redis
 
+from infra.fleet import Fleet, SlotToken, WorkerBeat
 from infra.job_view import _MARKS as MARKS
 from infra.job_view import JobView
 from tests.servers.redis import RedisServer, TlsFiles, redis_server, tls_before
@@ -199,3 +200,30 @@ def test_a_view_that_lost_the_latest_it_was_told_is_not_taken_for_complete() -> 
         assert mine.move_marks([0, 1], 6.0)
         assert mine.marks() == {0: 6.0, 1: 5.0}
         assert mine.ended([], 60, 7.0)
+
+
+def test_a_slot_is_exchanged_for_one_of_a_wanted_worker_or_kept() -> None:
+    with redis_server() as server, redis.Redis.from_url(server.url) as connection:
+        fleet = Fleet(connection)
+        mine, theirs = (SlotToken(worker, "life", 1, "any") for worker in ("a", "b"))
+        fleet.offer(theirs)
+
+        assert fleet.exchange(mine, ["c"]) == mine
+        assert fleet.exchange(mine, ["b", "c"]) == theirs
+        assert fleet.offered([mine, theirs]) == [True, False]
+
+
+def test_workers_are_those_that_gave_a_sign_of_life() -> None:
+    with redis_server() as server, redis.Redis.from_url(server.url) as connection:
+        fleet = Fleet(connection)
+        beat = WorkerBeat(
+            worker="w", life="l", pid=1, started_at=0.0, ready=True, draining=False, slots=1,
+            batches=[], engines=["m/1"], memory_bytes=0, jobs_done=0,
+        )  # fmt: skip
+        fleet.beat(beat, [], 1000)
+        assert fleet.workers() == [beat]
+
+        connection.delete("headrace:worker:w")
+
+        assert fleet.workers() == []
+        assert connection.smembers("headrace:workers") == set()

@@ -24,6 +24,7 @@ from infra.lake import SEGMENTS, day_of, rows_key
 from infra.lake_rows import parquet, table_of
 from infra.logs import get_logger
 from infra.objects import ObjectExists, ObjectStore
+from schemas.errors import PipelineError
 from schemas.results import Outcome
 from workers.archiver.erasures import Erasures, read_erasures
 from workers.archiver.index import write_run
@@ -55,13 +56,16 @@ class Archive:
         self.counts = Counter(archived=0, rejected=0)
 
     def claim(self, segment: Segment) -> int:
-        """The offset at which this segment ends: its last, unless another was claimed before."""
+        """The offset at which this segment ends: its last, unless another was claimed before.
+
+        Raises PipelineError (lake_corrupt), Transient.
+        """
         key = f"{SEGMENTS}/{segment.claim}"
         try:
             self._objects.put(key, msgspec.json.encode(Claim(segment.last.offset)), if_absent=True)
         except ObjectExists:
             found = self._objects.get(key, max_bytes=CLAIM_LIMIT_BYTES)
-            return msgspec.json.decode(found, type=Claim).last
+            return _claimed(key, found)
         return segment.last.offset
 
     def store(self, segment: Segment, alive: Callable[[], object]) -> None:
@@ -116,6 +120,17 @@ class Archive:
             rejected=len(rejects),
             rejected_in_all=self.counts["rejected"],
         )
+
+
+def _claimed(key: str, found: bytes) -> int:
+    try:
+        return msgspec.json.decode(found, type=Claim).last
+    except msgspec.MsgspecError as error:
+        raise PipelineError(
+            "lake_corrupt",
+            f"Object {key}: expected where a segment ends, came other ({error}): restore it from a copy. "
+            f"Without it, what was written of the segment may be in the lake twice.",
+        ) from error
 
 
 def _read(segment: Segment) -> tuple[Rows, list[str]]:

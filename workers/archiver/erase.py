@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.lake import lake_files, locate, read_rows, tenant_folder, tenant_of
-from infra.lake_index import hash_of, runs
-from infra.lake_rows import parquet
+from infra.lake_index import Run, hash_of, runs
+from infra.lake_rows import outcomes_of, parquet
 from infra.objects import ObjectStore
 from schemas.payloads import TENANTS
 from workers.archiver.erasures import Erasure, read_erasures, record_erasure
@@ -52,8 +52,12 @@ def find(objects: ObjectStore, erasure: Erasure) -> Found:
     return Found([], files, list(_blobs_of(objects, erasure.name, {tenant_of(f) for f in files})))
 
 
-def erase(objects: ObjectStore, erasure: Erasure, report: Report) -> Found:
-    """Erase; may be done again after any failure. Raises Transient."""
+def erase(objects: ObjectStore, erasure: Erasure, report: Report) -> tuple[Found, list[str]]:
+    """Erase; may be done again after any failure. Raises PipelineError (lake_corrupt), Transient.
+
+    Returns what was met, and the keys of the files that have something left of this job or tenant: what came
+    later than the erasure, by the clocks of those who wrote it.
+    """
     record_erasure(objects, erasure)
     found = find(objects, erasure)
     steps = [
@@ -61,14 +65,16 @@ def erase(objects: ObjectStore, erasure: Erasure, report: Report) -> Found:
         *(partial(rewrite, objects, key) for key in found.mixed),
         *(partial(objects.delete, key) for key in found.blobs),
     ]
-    indexed = runs(objects)
-    total = len(steps) + len(indexed)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        done = _carry_out(pool, steps, lambda done: report(done, total))
-        gone = _gone(objects, erasure)
-        steps = [partial(unindex, objects, run, gone) for run in indexed]
-        _carry_out(pool, steps, lambda more: report(done + more, total))
-    return found
+        _carry_out(pool, steps, report)
+        left = _left(objects, erasure, found)
+        stays = _stays(erasure, left)
+        seen: set[Run] = set()
+        # What was merged under our hands is a run that was not there before.
+        while new := [run for run in runs(objects) if run not in seen]:
+            seen.update(new)
+            _carry_out(pool, [partial(unindex, objects, run, stays) for run in new], report)
+    return found, left
 
 
 def rewrite(objects: ObjectStore, key: str) -> None:
@@ -99,25 +105,30 @@ def _blobs_of(objects: ObjectStore, job_id: str, tenants: set[str]) -> Iterator[
                 yield info.key
 
 
-def _gone(objects: ObjectStore, erasure: Erasure) -> Callable[[pa.Table], pa.ChunkedArray]:
+def _left(objects: ObjectStore, erasure: Erasure, found: Found) -> list[str]:
+    """The files that still hold something of the job or tenant."""
+    if erasure.kind == "tenant":
+        return [file.key for file in lake_files(objects, erasure.name)]
+    tables = ((key, read_rows(objects, key)) for key in found.mixed)
+    return [key for key, rows in tables if rows and outcomes_of(rows, erasure.name)]
+
+
+def _stays(erasure: Erasure, left: list[str]) -> Callable[[pa.Table], pa.ChunkedArray]:
     """Says of each entry of the index whether it stays."""
-    if erasure.kind == "job":
-        id_hash = pa.scalar(hash_of(erasure.name), pa.uint64())
-        return lambda table: pc.not_equal(table["hash"], id_hash)
-    left = pa.array([file.key for file in lake_files(objects, erasure.name)], pa.string())
+    id_hash = pa.scalar(hash_of(erasure.name), pa.uint64())
     prefix = f"{tenant_folder(erasure.name)}/"
 
-    def stays(table: pa.Table) -> pa.ChunkedArray:
-        others = pc.invert(pc.starts_with(table["file"], prefix))
-        return pc.or_(others, pc.is_in(table["file"], left))
+    def of_others(table: pa.Table) -> pa.ChunkedArray:
+        if erasure.kind == "job":
+            return pc.not_equal(table["hash"], id_hash)
+        return pc.invert(pc.starts_with(table["file"], prefix))
 
-    return stays
+    kept = pa.array(left, pa.string())
+    return lambda table: pc.or_(of_others(table), pc.is_in(table["file"], kept))
 
 
 def _carry_out(
-    pool: ThreadPoolExecutor, steps: Sequence[Callable[[], None]], report: Callable[[int], None]
-) -> int:
-    done = 0
+    pool: ThreadPoolExecutor, steps: Sequence[Callable[[], None]], report: Report
+) -> None:
     for done, _ in enumerate(pool.map(lambda step: step(), steps), start=1):
-        report(done)
-    return done
+        report(done, len(steps))

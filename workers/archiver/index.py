@@ -1,7 +1,8 @@
 """Writing the lake's index: a small run with each segment, merged by day into larger ones.
 
 Merging is safe against a crash and a second merger at any point: inputs go only once the output is whole,
-an entry that is in two runs is found twice in the same place, and what is not whole does not count.
+an entry that is in two runs is found twice in the same place, and what is not whole does not count. Where an
+erasure has changed an input meanwhile, the output is written again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from infra.lake_index import (
     day_folder,
     hash_of,
     read_bucket,
+    runs_of_day,
     span,
     whole_and_rest,
 )
@@ -69,25 +71,23 @@ def tidy(objects: ObjectStore, now: float) -> int:
     return merged
 
 
-def merge(objects: ObjectStore, runs: list[Run]) -> Run:
-    """Runs of one day made into one; the inputs are gone on return. In memory: a bucket of each input."""
+def merge(objects: ObjectStore, runs: list[Run]) -> str:
+    """Runs of one day made into one, whose folder is returned; the inputs are gone then. In memory: a bucket
+    of each input."""
     day = runs[0].day
     names = "\0".join(sorted(run.folder for run in runs))
     folder = f"{day_folder(day)}/{hashlib.blake2b(names.encode(), digest_size=8).hexdigest()}"
-    size_bytes = sum(run.size_bytes for run in runs)
-    bits = (size_bytes // BUCKET_BYTES).bit_length()
-    width = 1 << (HASH_BITS - bits)
-    readers = [_Reader(objects, run) for run in runs]
-    written = 0
-    for bucket in range(1 << bits):
-        parts = [reader.part(bucket * width, (bucket + 1) * width) for reader in readers]
-        # What a merger that was killed left in input and output is the same entry once.
-        table = pa.concat_tables(parts).group_by(SCHEMA.names).aggregate([]).sort_by(ORDER)
-        written += objects.put(bucket_key(folder, bits, bucket), _encoded(table)).size_bytes
+    bits = (sum(run.size_bytes for run in runs) // BUCKET_BYTES).bit_length()
+    before: list[Run] = []
+    while before != runs:
+        before = runs
+        _write_merged(objects, runs, folder, bits)
+        now = {(run.folder, run.bits): run for run in runs_of_day(objects, day)}
+        runs = [now.get((run.folder, run.bits), run) for run in runs]
     for run in runs:
         for key in run.bucket_keys():
             objects.delete(key)
-    return Run(folder, day, bits, written)
+    return folder
 
 
 def unindex(objects: ObjectStore, run: Run, keep: Callable[[pa.Table], pa.ChunkedArray]) -> None:
@@ -109,8 +109,19 @@ def _tidy_day(objects: ObjectStore, runs: list[Run], most: int) -> int:
     before = len(runs)
     while len(runs) > most:
         runs.sort(key=lambda run: run.size_bytes)
-        runs = [*runs[MERGED_AT_ONCE:], merge(objects, runs[:MERGED_AT_ONCE])]
+        merge(objects, runs[:MERGED_AT_ONCE])
+        runs = runs_of_day(objects, runs[0].day)
     return before - len(runs)
+
+
+def _write_merged(objects: ObjectStore, runs: list[Run], folder: str, bits: int) -> None:
+    width = 1 << (HASH_BITS - bits)
+    readers = [_Reader(objects, run) for run in runs]
+    for bucket in range(1 << bits):
+        parts = [reader.part(bucket * width, (bucket + 1) * width) for reader in readers]
+        # What a merger that was killed left in input and output is the same entry once.
+        table = pa.concat_tables(parts).group_by(SCHEMA.names).aggregate([]).sort_by(ORDER)
+        objects.put(bucket_key(folder, bits, bucket), _encoded(table))
 
 
 class _Reader:

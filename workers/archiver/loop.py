@@ -38,7 +38,7 @@ class Archiver:
         self._memory_bytes = memory_bytes
         self._clock = clock
         self._alive = alive
-        self._consumer = join()
+        self._consumer: Consumer | None = join()
         self._segments: dict[int, Segment] = {}
 
     @property
@@ -68,12 +68,20 @@ class Archiver:
                 return
 
     def close(self) -> None:
-        self._consumer.close()
+        if self._consumer:
+            self._consumer.close()
         self._archive.close()
 
+    @property
+    def _member(self) -> Consumer:
+        """This archiver in its group; joins where it has left."""
+        if self._consumer is None:
+            self._consumer = self._join()
+        return self._consumer
+
     def _receive(self) -> None:
-        records = self._consumer.receive(self._room, RECEIVE_BYTES, RECEIVE_S)
-        if self._consumer.lost():
+        records = self._member.receive(self._room, RECEIVE_BYTES, RECEIVE_S)
+        if self._member.lost():
             self._start_anew()
             return
         for record in records:
@@ -111,7 +119,7 @@ class Archiver:
             return  # an earlier life claimed more than has come yet
         whole, rest = segment.cut(segment.until)
         self._archive.store(whole, self._stay)
-        self._consumer.complete(whole.positions)
+        self._member.complete(whole.positions)
         if rest:
             self._segments[whole.first.partition] = rest
         else:
@@ -119,13 +127,13 @@ class Archiver:
 
     def _stay(self) -> None:
         """Show the group that this member lives: receiving nothing is enough."""
-        self._consumer.receive(0, 0)
+        self._member.receive(0, 0)
         self._alive()
 
     def _start_anew(self) -> None:
         """Something has another owner. Which of what we hold is not worth finding out: all that is open
         comes again to whoever owns it, and is written as it was or would have been."""
         logger.info("partitions_moved", action="takes up anew what it has now")
-        self._consumer.close()
         self._segments.clear()
-        self._consumer = self._join()
+        self._member.close()
+        self._consumer = None

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import msgspec
 
 from infra.eventlog import Position
-from schemas.jobs import END_OF_TIME, JOB_ID, TENANT
+from schemas.fields import END_OF_TIME
+from schemas.jobs import JOB_ID, TENANT
 from schemas.results import Outcome, decode_outcome
 
 OVERHEAD_BYTES = 512
@@ -86,6 +87,11 @@ class Segment:
         head = [entry for entry in self.entries if entry.position.offset <= until]
         rest = self.entries[len(head) :]
         return Segment(head, self.opened_at), Segment(rest, self.opened_at) if rest else None
+
+
+def partition_of(key: str) -> str:
+    """Of the object that a segment's claim or name is the name of."""
+    return key.rpartition("/")[2].partition("-")[0]
 
 
 class Unreadable(Exception):

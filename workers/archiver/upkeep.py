@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from infra.lake import ERASED, SEGMENTS, LakeFile, lake_files
 from infra.lake_index import Run, runs
 from infra.logs import get_logger
-from infra.objects import ObjectStore
+from infra.objects import ObjectInfo, ObjectStore
 from schemas.errors import PipelineError
 from schemas.topics import DAY_S
 from workers.archiver.index import tidy
+from workers.archiver.segments import partition_of
 
+FIRST_AFTER_S = 60.0
 UPKEEP_EVERY_S = 3600.0
 
 CLAIMS_KEPT_S = 30 * DAY_S
-"""Longer than a segment may take from its claim to its completion."""
+"""Longer than an archiver that lost its partition may go on as if it had not."""
 
 ERASURES_KEPT_S = 400 * DAY_S
 """Longer than the log may hold an outcome that no archiver has read."""
@@ -39,10 +41,11 @@ class Expired(NamedTuple):
 
 def find_expired(objects: ObjectStore, retention_days: int, now: float) -> Expired:
     """retention_days: rows of earlier days have expired; 0: rows never do."""
+    claims = _but_latest(list(objects.list(SEGMENTS)))
     notes = [
         info.key
-        for folder, kept_s in ((SEGMENTS, CLAIMS_KEPT_S), (ERASED, ERASURES_KEPT_S))
-        for info in objects.list(folder)
+        for kept_s, found in ((CLAIMS_KEPT_S, claims), (ERASURES_KEPT_S, objects.list(ERASED)))
+        for info in found
         if info.modified < now - kept_s
     ]
     if not retention_days:
@@ -53,6 +56,13 @@ def find_expired(objects: ObjectStore, retention_days: int, now: float) -> Expir
         [run for run in runs(objects) if run.day < oldest],
         notes,
     )
+
+
+def _but_latest(claims: list[ObjectInfo]) -> Iterator[ObjectInfo]:
+    """Without the latest of each partition: its segment may not be complete, however long ago it was begun."""
+    claims.sort(key=lambda info: info.modified)
+    latest = {partition_of(info.key): info for info in claims}
+    return (info for info in claims if latest[partition_of(info.key)] is not info)
 
 
 def prune(objects: ObjectStore, expired: Expired, report: Report = lambda done, total: None) -> int:
@@ -76,7 +86,9 @@ class Upkeep:
         self._wall = wall
 
     def run(self, stop: threading.Event) -> None:
-        while not stop.wait(UPKEEP_EVERY_S):
+        wait_s = FIRST_AFTER_S
+        while not stop.wait(wait_s):
+            wait_s = UPKEEP_EVERY_S
             try:
                 self.once()
             except PipelineError as error:

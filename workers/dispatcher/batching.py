@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from schemas.topics import LANES, Lane
 from workers.dispatcher.fairness import LaneClock
@@ -17,6 +17,10 @@ Group = tuple[str, int, int] | None
 """Of jobs that may share a batch; None for the suspects, which never do."""
 
 SLACK = 16
+
+PASSED_OVER_S = 2.0
+"""So long jobs may be passed over for others whose engine the worker has loaded already. It bounds how often
+a worker with room for fewer engines than are asked for loads one: not more often than once in this time."""
 
 
 class Queue:
@@ -99,15 +103,21 @@ class Batcher:
             self.remove(job.job.id)
         return expired
 
-    def next_batch(self, lanes: Iterable[Lane], now: float) -> list[OpenJob]:
+    def next_batch(
+        self, lanes: Iterable[Lane], now: float, loaded: Collection[str] | None = None
+    ) -> list[OpenJob]:
         """The most deserving jobs that may run together; empty if none may leave now.
 
-        lanes: those the slot at hand may serve. now: seconds since the epoch. A suspect leaves alone.
+        lanes: those the slot at hand may serve. now: seconds since the epoch. loaded: `name/version` of what its
+        worker has loaded, None if that is not known. A suspect leaves alone.
         """
         ready = {lane: groups for lane in lanes if (groups := self._ready(lane, now))}
         if (lane := self._clock.pick(ready)) is None:
             return []
-        group, queue = min(ready[lane].items(), key=lambda item: _urgency(item[1].head))
+        group, queue = min(
+            ready[lane].items(),
+            key=lambda item: (_passed_over(item[1].head, now, loaded), *_urgency(item[1].head)),
+        )
         batch = self._fill(queue, alone=group is None)
         self._drop_if_empty(lane, group)
         self._clock.charge(lane, len(batch))
@@ -148,6 +158,13 @@ def _group(job: OpenJob) -> Group:
 
 def _urgency(job: OpenJob) -> tuple[int, int]:
     return (-job.job.priority, job.order)
+
+
+def _passed_over(job: OpenJob, now: float, loaded: Collection[str] | None) -> bool:
+    """Whether jobs of engines that are loaded go first."""
+    if loaded is None or job.model in loaded:
+        return False
+    return now - job.admitted_at < PASSED_OVER_S
 
 
 def _may_leave(queue: Queue, now: float) -> bool:

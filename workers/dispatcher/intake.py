@@ -72,10 +72,12 @@ class Intake:
         self._hold_back_bulk()
         room = self._window_bytes - self._memory.held_bytes
         if room > 0 and not self._records:
+            records: list[Record] = []
             try:
-                self._records = self._consumer.receive(RECEIVE_MOST, room)
+                records = self._consumer.receive(RECEIVE_MOST, room)
             finally:
                 self.drop_lost()
+                self._records = records  # ours, also where what we had there before was lost
         self._ownership.take_over()
         records, self._records = self._records, []
         trouble: Transient | None = None

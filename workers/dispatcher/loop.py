@@ -22,6 +22,7 @@ from workers.dispatcher.intake import Intake
 from workers.dispatcher.leases import Leases
 from workers.dispatcher.memory import OpenJob
 from workers.dispatcher.outcomes import Outcomes
+from workers.dispatcher.residents import Residents
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewWriter
 
@@ -53,6 +54,7 @@ class Dispatcher:
         leases: Leases,
         settlement: Settlement,
         outcomes: Outcomes,
+        residents: Residents,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,6 +68,7 @@ class Dispatcher:
         self.leases = leases
         self.settlement = settlement
         self.outcomes = outcomes
+        self.residents = residents
         self.wall = wall
         self.monotonic = monotonic
         self._slot: SlotToken | None = None
@@ -143,10 +146,11 @@ class Dispatcher:
             if self._slot is None:
                 return
             lanes = LANES if self._slot.seat == "any" else LIVE_LANES
-            jobs = self.batcher.next_batch(lanes, now)
+            loaded = self.residents.of(self._slot.worker)
+            jobs = self.batcher.next_batch(lanes, now, loaded)
             if not jobs:
                 return
-            self._send(self._slot, jobs)
+            self._send(jobs)
 
     def _return_slot(self) -> None:
         """Hand back a slot that found no use."""
@@ -154,11 +158,12 @@ class Dispatcher:
             self.fleet.offer(self._slot)
             self._slot = None
 
-    def _send(self, token: SlotToken, jobs: list[OpenJob]) -> None:
+    def _send(self, jobs: list[OpenJob]) -> None:
         """Lease a batch to the worker behind the slot. A send that fails may have gone through all the same,
         so its jobs wait for the lease to end before they go again."""
         batch = self._batch(jobs)
         try:
+            token = self._slot = self._slot_for(jobs[0].model)
             self.fleet.lease(batch, token.worker)
         except Transient:
             self.batcher.add(jobs)
@@ -169,6 +174,14 @@ class Dispatcher:
         self._slot = None
         self.mailboxes.send(token.worker, batch.id, token.packed())
         logger.debug("batch_sent", batch=batch.id, worker=token.worker, jobs=len(jobs))
+
+    def _slot_for(self, model: str) -> SlotToken:
+        """The slot in hand, or a free one of a worker that has the model loaded, if the one in hand has not."""
+        assert self._slot is not None
+        holders = self.residents.holders(model)
+        if not holders or self._slot.worker in holders:
+            return self._slot
+        return self.fleet.exchange(self._slot, holders)
 
     def _batch(self, jobs: list[OpenJob]) -> Batch:
         card = jobs[0].card
@@ -197,12 +210,13 @@ class Dispatcher:
             self.leases.all_due()
         self._check_leases(now)
         self._show_running()
+        self.residents.look()
         self.leases.drop_vacant(self.monotonic())
-        self.forget_settled()
+        self.forget_answered()
 
-    def forget_settled(self) -> None:
+    def forget_answered(self) -> None:
         """Clear up after batches whose every outcome is written. What cannot be cleared now ends by its TTL."""
-        if batch_ids := self.settlement.settled():
+        if batch_ids := self.outcomes.answered():
             self.fleet.forget(batch_ids)
 
     def _show_running(self) -> None:

@@ -36,6 +36,7 @@ from workers.dispatcher.loop import Dispatcher
 from workers.dispatcher.memory import JobMemory
 from workers.dispatcher.outcomes import Outcomes, RetryPolicy
 from workers.dispatcher.ownership import MARGIN_S, Ownership
+from workers.dispatcher.residents import Residents
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewTtl, ViewWriter
 
@@ -146,6 +147,7 @@ class Process:
             leases=self.leases,
             settlement=self.settlement,
             outcomes=self.outcomes,
+            residents=Residents(self.fleet),
         )
         self.started_at = time.time()
         self.trouble: str | None = None
@@ -199,7 +201,7 @@ class Process:
 
     def sign_off(self) -> None:
         with suppress(Transient):
-            self.dispatcher.forget_settled()
+            self.dispatcher.forget_answered()
             self.view_writer.sign_off()
             self.fleet.sign_off_dispatcher(self.settings.dispatcher.slot)
 

@@ -39,6 +39,11 @@ class OpenJob:
         return len(self.job.payload.data or b"")
 
     @property
+    def model(self) -> str:
+        """`name/version`, as workers name what they have loaded."""
+        return f"{self.card.name}/{self.card.version}"
+
+    @property
     def group(self) -> tuple[str, int, int]:
         """Jobs of one group may share a batch: same version and, for texts, about the same length."""
         bucket = self.job.payload.size_bytes.bit_length() if self.card.modality == "text" else 0

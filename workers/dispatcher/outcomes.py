@@ -63,6 +63,8 @@ class Outcomes:
         self._view = view
         self._policy = policy
         self._written: dict[Position, Written] = {}
+        self._judged: list[str] = []
+        self._answered: list[str] = []
         self.counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -125,9 +127,22 @@ class Outcomes:
         """The record needs no outcome of its own: a duplicate, a control message, a job moved to the retry topic."""
         self._written[at] = Written([])
 
+    def judged(self, batch_id: str) -> None:
+        """Every job of this batch has its outcome here, or is to run again."""
+        self._judged.append(batch_id)
+
+    def answered(self) -> list[str]:
+        """Batches that were judged and have all their outcomes written, since the last call."""
+        answered, self._answered = self._answered, []
+        return answered
+
     def lost(self, positions: Collection[Position]) -> None:
-        """Drop what was to be written of these, which are another dispatcher's now."""
-        for at in self._written.keys() & positions:
+        """Drop what was to be written of these, which are another dispatcher's now. Their new owner may have
+        to learn it from the reports of their batches."""
+        lost = self._written.keys() & positions
+        if lost:
+            self._judged.clear()
+        for at in lost:
             if job := self._written.pop(at).job:
                 self._memory.forget(job)
 
@@ -140,6 +155,8 @@ class Outcomes:
             self._write(list(self._written), now)
         except InvalidJob:
             self._write_singly(now)
+        self._answered += self._judged
+        self._judged.clear()
 
     def _write(self, positions: list[Position], now: float) -> None:
         if not positions:

@@ -36,7 +36,6 @@ class Settlement:
         self._batcher = batcher
         self._outcomes = outcomes
         self._breaker = breaker
-        self._settled: list[str] = []
         self._tripped: set[CircuitKey] = set()
         self.redispatched = 0
 
@@ -58,12 +57,7 @@ class Settlement:
                     if job is not None:
                         self._judge(job, item, completion.worker, now)
             if len(ours) == len(jobs):
-                self._settled.append(completion.batch_id)
-
-    def settled(self) -> list[str]:
-        """Batches whose every job was judged here, or is to run again, since the last call."""
-        settled, self._settled = self._settled, []
-        return settled
+                self._outcomes.judged(completion.batch_id)
 
     def tripped(self) -> set[CircuitKey]:
         """Circuits that opened since the last call: jobs of theirs that wait are to be held back."""
@@ -73,7 +67,7 @@ class Settlement:
     def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
         """A batch's worker is gone. Jobs that were being run are suspect; all others just go again."""
         self._leases.end(lease.batch_id)
-        self._settled.append(lease.batch_id)
+        self._outcomes.judged(lease.batch_id)
         logger.warning(
             "lease_lost",
             batch=lease.batch_id,

@@ -291,6 +291,21 @@ class FakeFleet:
                         return token
         return None
 
+    def exchange(self, token: SlotToken, workers: Iterable[str]) -> SlotToken:
+        with self._call("exchange"):
+            slots, wanted = self.slots[token.seat], set(workers)
+            found = next((slot for slot in slots if slot.worker in wanted), None)
+            if found is None:
+                return token
+            slots.remove(found)
+            slots.append(token)
+            return found
+
+    def workers(self) -> list[WorkerBeat]:
+        with self._call("workers"):
+            latest = {beat.worker: beat for beat in self.beats}
+            return [beat for name, beat in latest.items() if name in self.alive]
+
     def lease(self, batch: Batch, worker: str) -> None:
         with self._call("lease"):
             self.out[batch.id] = Assignment(

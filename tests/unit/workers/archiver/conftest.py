@@ -144,6 +144,7 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr("workers.archiver.loop.RECEIVE_S", 0)
+    monkeypatch.setattr("os.fsync", lambda file: None)  # no power is cut here
     made = World(tmp_path)
     yield made
     made.log.close()

@@ -10,7 +10,9 @@ import msgspec
 import pytest
 
 from infra.eventlog import Fenced
-from infra.lake import GROUP, find_in_lake
+from infra.lake import GROUP, SEGMENTS, find_in_lake, read_rows
+from infra.lake_rows import parquet
+from schemas.errors import PipelineError
 from schemas.payloads import Ref
 from schemas.results import encode_outcome
 from schemas.topics import RESULTS
@@ -257,6 +259,36 @@ def test_duckdb_reads_the_lake_as_it_is(world: Any, make_outcome: Any) -> None:
         f"SELECT count(*) FROM read_parquet('{world.folder}/objects/lake/**/*.parquet')"
     ).fetchall()
     assert nothing_else == [(2,)]
+
+
+def test_duckdb_reads_files_of_older_versions_beside_newer(world: Any, make_outcomes: Any) -> None:
+    for job_id in "ab":
+        world.append(*make_outcomes(job_id))
+        world.archive()
+    older = read_rows(world.objects, world.files()[0]).drop_columns(["trace_id"])  # type: ignore[union-attr]
+    world.objects.put(world.files()[0], parquet(older))
+    rows = duckdb.sql(
+        f"""SELECT job_id, trace_id
+            FROM read_parquet('{world.folder}/objects/lake/**/*.parquet', union_by_name = true)
+            ORDER BY job_id"""
+    ).fetchall()
+    assert rows == [("a", None), ("b", "a" * 32)]
+
+
+def test_a_claim_that_is_none_stops_the_archiver_and_is_named(
+    world: Any, make_outcomes: Any
+) -> None:
+    world.append(*make_outcomes("a"))
+    world.archive()
+    (claim,) = (info.key for info in world.objects.list(SEGMENTS))
+    world.log.close()
+    world.log = world.open_log("again")
+    world.append(*make_outcomes("a"))
+    world.objects.put(claim, b"no claim")
+    with pytest.raises(PipelineError, match=claim) as caught:
+        world.archive()
+    assert caught.value.code == "lake_corrupt"
+    assert lag(world) == 1
 
 
 def test_a_claim_is_read_by_later_versions() -> None:

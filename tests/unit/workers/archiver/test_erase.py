@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import pytest
 
-from infra.lake import find_in_lake, locate
+from infra.lake import find_in_lake, locate, rows_key
 from infra.lake_index import runs
 from schemas.errors import InvalidJob
 from schemas.payloads import payload_key, result_key
 from workers.archiver.erase import erase, find, rewrite
 from workers.archiver.erasures import Erasures, new_erasure, read_erasures, record_erasure
-from workers.archiver.index import merge
+from workers.archiver.index import merge, write_run
 
 
 @pytest.fixture
@@ -43,8 +44,8 @@ def test_a_job_goes_from_rows_index_and_store_and_others_stay(
     for job_id in ("a", "b", "a.b"):
         world.objects.put(payload_key("acme", job_id, "0123abcd"), b"payload")
         world.objects.put(result_key("acme", job_id, "feedbeef"), b"result")
-    found = erase(world.objects, of_job("a"), quietly)
-    assert (len(found.mixed), len(found.blobs)) == (1, 2)
+    found, left = erase(world.objects, of_job("a"), quietly)
+    assert (len(found.mixed), len(found.blobs), left) == (1, 2, [])
     assert world.jobs() == ["a.b", "b", "c"]
     assert locate(world.objects, "a") == set()
     assert find_in_lake(world.objects, "b", 3)
@@ -64,7 +65,7 @@ def test_a_dry_run_says_the_same_and_changes_nothing(
     before = {info.key for info in world.objects.list()}
     planned = find(world.objects, of_job("a"))
     assert {info.key for info in world.objects.list()} == before
-    assert erase(world.objects, of_job("a"), quietly) == planned
+    assert erase(world.objects, of_job("a"), quietly)[0] == planned
 
 
 def test_a_tenant_goes_whole(world: Any, make_outcomes: Any, now: float) -> None:
@@ -102,10 +103,27 @@ def test_what_a_tenant_does_after_its_erasure_stays(
     world.append(*make_outcomes("d", submitted_at=now - 1, finished_at=now + 2))
     world.archive()
     world.objects.put(payload_key("acme", "c", "1"), b"put long after `now`")
-    erase(world.objects, new_erasure("tenant", "acme", now), quietly)
+    _, left = erase(world.objects, new_erasure("tenant", "acme", now), quietly)
+    assert left == world.files()
     assert world.jobs() == ["c"]
     assert find_in_lake(world.objects, "c", 3)
     assert len(blobs(world)) == 1
+
+
+def test_a_job_submitted_again_after_its_erasure_stays_and_can_be_erased_too(
+    world: Any, make_outcomes: Any, now: float
+) -> None:
+    world.append(*make_outcomes("ab"))
+    world.append(*make_outcomes("a", submitted_at=now + 1, finished_at=now + 2))
+    world.archive()
+    _, left = erase(world.objects, new_erasure("job", "a", now), quietly)
+    assert left == world.files()
+    assert world.jobs() == ["a", "b"]
+    assert find_in_lake(world.objects, "a", 3).finished_at == now + 2  # type: ignore[union-attr]
+    _, left = erase(world.objects, new_erasure("job", "a", now + 10), quietly)
+    assert left == []
+    assert world.jobs() == ["b"]
+    assert locate(world.objects, "a") == set()
 
 
 def test_what_is_erased_before_it_is_archived_never_comes(
@@ -141,6 +159,22 @@ def test_an_erasure_at_any_moment_of_archiving_holds(
         assert locate(world.objects, f"{life}-a") == set()
 
 
+def test_archiving_at_any_moment_of_an_erasure_brings_nothing_back(
+    world: Any, moments: Any, watched: Any, make_outcomes: Any, of_job: Any
+) -> None:
+    for at in range(1000):
+        world.append(*make_outcomes([f"{at}-a", f"{at}-b"]))
+        passing = moments(at=at, then=world.archive)
+        erase(watched(world.objects, passing), of_job(f"{at}-a"), quietly)
+        world.archive()
+        assert [job for job in world.jobs() if job.startswith(f"{at}-")] == [f"{at}-b"]
+        assert locate(world.objects, f"{at}-a") == set()
+        merge(world.objects, runs(world.objects))
+        if passing.count <= at:
+            break
+    assert at > 4
+
+
 def test_an_erasure_between_two_lives_holds_for_what_the_first_wrote(
     world: Any, moments: Any, killed: Any, make_outcomes: Any, now: float
 ) -> None:
@@ -154,6 +188,22 @@ def test_an_erasure_between_two_lives_holds_for_what_the_first_wrote(
         erase(world.objects, new_erasure("job", f"{life}-a", now), quietly)
         world.archive()
         assert world.jobs() == ["0-a"]
+
+
+def test_a_merge_at_any_moment_of_an_erasure_brings_no_entry_back(
+    world: Any, moments: Any, watched: Any, of_job: Any
+) -> None:
+    file = rows_key("acme", "sentiment", date(2026, 1, 1), "0-1-1-abcd")
+    for at in range(1000):
+        for job_id in (f"{at}-a", f"{at}-b"):
+            write_run(world.objects, date(2026, 1, 1), job_id, [(job_id, file)])
+        passing = moments(at=at, then=lambda: merge(world.objects, runs(world.objects)))
+        erase(watched(world.objects, passing), of_job(f"{at}-a"), quietly)
+        assert locate(world.objects, f"{at}-a") == set()
+        assert locate(world.objects, f"{at}-b")
+        if passing.count <= at:
+            break
+    assert at > 8
 
 
 def test_rewrites_that_cross_lose_neither_erasure(

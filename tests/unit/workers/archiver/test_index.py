@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from infra.lake import find_in_lake, locate
-from infra.lake_index import INDEX, files_of, hash_of, read_bucket, runs, runs_near
+from infra.lake_index import INDEX, Run, files_of, hash_of, read_bucket, runs, runs_near
 from infra.objects.files import FileObjects
 from schemas.errors import InvalidJob
 from schemas.jobs import new_job_id
 from workers.archiver import index
-from workers.archiver.index import merge, tidy, write_run
+from workers.archiver.index import merge, tidy, unindex, write_run
 
 DAY = date(2026, 1, 1)
 ON_THE_DAY = datetime(2026, 1, 1, 18, tzinfo=UTC).timestamp()
@@ -53,7 +56,8 @@ def test_every_job_is_found_in_merged_runs_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(index, "BUCKET_BYTES", 2000)
     files = fill(world.objects, count=9, each=100)
-    first = merge(world.objects, runs(world.objects)[:5])
+    folder = merge(world.objects, runs(world.objects)[:5])
+    (first,) = (run for run in runs(world.objects) if run.folder == folder)
     assert first.bits >= 2
     merge(world.objects, runs(world.objects))
     (whole,) = runs(world.objects)
@@ -95,6 +99,33 @@ def test_killed_at_any_moment_of_a_merge_every_job_is_found(
         tidy(objects, MUCH_LATER)
         assert len(runs(objects)) == 1
         assert entries(objects) == {(hash_of(job), file) for job, file in files.items()}
+    assert at > 20
+
+
+def test_what_is_unindexed_at_any_moment_of_a_merge_is_gone_after_it(
+    tmp_path: Path, moments: Any, watched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "BUCKET_BYTES", 1500)
+    gone = pa.scalar(hash_of("2-7"), pa.uint64())
+
+    def unindex_all(objects: Any) -> None:
+        """As an erasure does."""
+        seen: set[Run] = set()
+        while new := [run for run in runs(objects) if run not in seen]:
+            seen.update(new)
+            for run in new:
+                unindex(objects, run, lambda table: pc.not_equal(table["hash"], gone))
+
+    for at in range(1000):
+        objects = FileObjects(tmp_path / str(at))
+        files = fill(objects, count=3, each=20)
+        passing = moments(at=at, then=partial(unindex_all, objects))
+        tidy(watched(objects, passing), MUCH_LATER)
+        if passing.count <= at:
+            break
+        assert len(runs(objects)) == 1
+        left = {(hash_of(job), file) for job, file in files.items() if job != "2-7"}
+        assert entries(objects) == left
     assert at > 20
 
 
@@ -166,3 +197,16 @@ def test_of_a_job_that_ran_again_the_newest_outcome_is_found(world: Any, make_ou
     world.append(make_outcome("a", worker="first"))
     world.archive()
     assert find_in_lake(world.objects, "a", 3).worker == "second"  # type: ignore[union-attr]
+
+
+def test_of_a_job_that_was_redriven_weeks_later_the_last_outcome_is_found(
+    world: Any, make_outcome: Any
+) -> None:
+    made_at = time.time()
+    job_id = new_job_id("acme")
+    world.append(make_outcome(job_id, status="failed", code="step_failed", finished_at=made_at))
+    world.archive()
+    assert find_in_lake(world.objects, job_id, 3).status == "failed"  # type: ignore[union-attr]
+    world.append(make_outcome(job_id, finished_at=made_at + 20 * 86_400))
+    world.archive()
+    assert find_in_lake(world.objects, job_id, 3).status == "succeeded"  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -78,7 +79,7 @@ outcomes = st.builds(
 @given(outcomes)
 def test_every_outcome_comes_back_from_its_row(outcome: Outcome) -> None:
     assert read_outcome(encode_outcome(outcome)) == outcome
-    (found,) = outcomes_of(read_parquet(parquet(table_of([outcome]))), outcome.job_id)
+    (found,) = outcomes_of(read_parquet(parquet(table_of([outcome])), "key"), outcome.job_id)
     assert found.submitted_at == pytest.approx(outcome.submitted_at, abs=1e-6, rel=0)
     assert found.finished_at == (
         None if outcome.finished_at is None else pytest.approx(outcome.finished_at, abs=1e-6, rel=0)
@@ -87,6 +88,18 @@ def test_every_outcome_comes_back_from_its_row(outcome: Outcome) -> None:
         found, submitted_at=outcome.submitted_at, finished_at=outcome.finished_at
     )
     assert same == outcome
+
+
+def test_rows_of_older_and_newer_versions_are_read() -> None:
+    outcome = Outcome(job_id="a", status="succeeded", tenant="t", model="m", times=StageTimes(1.0))
+    table = table_of([outcome])
+    older = table.drop_columns(["trace_id", "store_ms", "ref_key"])
+    newer = table.append_column("price", pa.array([1.5])).append_column("tag", pa.array(["x"]))
+    for changed in (older, newer):
+        (found,) = outcomes_of(read_parquet(parquet(changed), "key"), "a")
+        assert (found.job_id, found.ref, found.trace_id) == ("a", None, None)
+        assert found.times
+        assert found.times.waited_ms == 1.0
 
 
 @given(st.binary(max_size=200))
@@ -104,7 +117,7 @@ def test_whatever_is_read_can_be_a_row(outcome: Outcome, data: st.DataObject) ->
         read = read_outcome(bytes(value))
     except Unreadable:
         return
-    assert outcomes_of(read_parquet(parquet(table_of([read]))), read.job_id)
+    assert outcomes_of(read_parquet(parquet(table_of([read])), "key"), read.job_id)
 
 
 def test_an_answer_that_is_no_text_is_unreadable() -> None:

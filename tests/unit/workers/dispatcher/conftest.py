@@ -27,6 +27,7 @@ from workers.dispatcher.loop import Dispatcher
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes, RetryPolicy
 from workers.dispatcher.ownership import Ownership
+from workers.dispatcher.residents import Residents
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewTtl, ViewWriter
 
@@ -217,6 +218,7 @@ def make_world(
             leases=leases,
             settlement=settlement,
             outcomes=outcomes,
+            residents=Residents(fleet, clock.monotonic),
             wall=clock.wall,
             monotonic=clock.monotonic,
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from schemas.models import ModelCard
 from schemas.payloads import Payload
 from schemas.topics import LANES, LIVE_LANES
-from workers.dispatcher.batching import Batcher
+from workers.dispatcher.batching import PASSED_OVER_S, Batcher
 from workers.dispatcher.fairness import LaneClock
 from workers.dispatcher.memory import OpenJob
 
@@ -379,3 +379,22 @@ def test_what_waits_is_told_by_lane(batcher: Batcher, make_open: MakeOpen) -> No
         "standard": ["a", "c"],
         "bulk": ["b"],
     }
+
+
+def test_what_the_worker_has_loaded_goes_first_but_nothing_waits_for_that_for_long(
+    batcher: Batcher, make_open: MakeOpen, make_card: MakeCard, noon: float
+) -> None:
+    cold = make_open(id="cold", card=make_card(name="cold"))
+    hot = [make_open(id=f"hot {n}", card=make_card(name="hot", max_jobs=1)) for n in range(2)]
+    batcher.add([cold, *hot])
+
+    assert ids(batcher.next_batch(LANES, noon, {"hot/1"})) == ["hot 0"]
+    assert ids(batcher.next_batch(LANES, noon + PASSED_OVER_S, {"hot/1"})) == ["cold"]
+
+
+def test_a_worker_of_which_nothing_is_known_gets_what_is_due(
+    batcher: Batcher, make_open: MakeOpen, make_card: MakeCard, noon: float
+) -> None:
+    batcher.add([make_open(id=name, card=make_card(name=name)) for name in ("first", "second")])
+
+    assert ids(batcher.next_batch(LANES, noon)) == ["first"]

@@ -108,6 +108,45 @@ def test_a_slot_that_finds_no_use_is_given_back(world: Any, make_job: MakeJob) -
     assert world.log.statuses() == {"a": "cancelled"}
 
 
+def holds(world: Any, worker: str, *engines: str) -> None:
+    """The worker says what it has loaded."""
+    beat = WorkerBeat(
+        worker=worker, life="life", pid=1, started_at=0.0, ready=True, draining=False, slots=1,
+        batches=[], engines=list(engines), memory_bytes=0, jobs_done=0,
+    )  # fmt: skip
+    world.fleet.beat(beat, [], 0)
+
+
+def test_a_batch_goes_to_a_worker_that_has_its_model_loaded(world: Any, make_job: MakeJob) -> None:
+    holds(world, "other", "another/1")
+    holds(world, "holder", "echo/1")
+    world.step()
+    (others,) = world.offer(worker="other")
+    world.offer(worker="holder")
+    world.submit(make_job(id="a"))
+
+    world.step(2)
+
+    ((worker, _, _),) = world.mailboxes.sent
+    assert worker == "holder"
+    assert offered(world) == [others]
+
+
+def test_a_batch_whose_model_is_loaded_by_busy_workers_goes_anywhere(
+    world: Any, make_job: MakeJob
+) -> None:
+    holds(world, "other")
+    holds(world, "holder", "echo/1")
+    world.step()
+    world.offer(worker="other")
+    world.submit(make_job(id="a"))
+
+    world.step(2)
+
+    ((worker, _, _),) = world.mailboxes.sent
+    assert worker == "other"
+
+
 def test_as_many_batches_are_sent_as_there_are_slots(make_world: Any, make_job: MakeJob) -> None:
     world = make_world(max_jobs=2)
     world.submit(*(make_job() for _ in range(10)))

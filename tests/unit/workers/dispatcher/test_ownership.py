@@ -93,6 +93,51 @@ def test_what_was_reported_while_nobody_owned_it_counts(worlds: Any, make_job: M
     assert len(new.mailboxes.sent) == 1
 
 
+def test_what_was_lost_and_came_back_while_it_was_asked_for_is_kept(
+    make_world: Any, make_job: MakeJob
+) -> None:
+    world = make_world()
+    world.submit(make_job(id="a"))
+    world.step()
+    at = world.memory.open["a"].at
+
+    def receive(*_: object, **__: object) -> Any:
+        """The partitions are dealt out anew meanwhile, and come to the same member."""
+        del world.consumer.receive
+        world.consumer.lose(at)
+        return [record for record in world.log.records[at.topic] if record.position == at]
+
+    world.consumer.receive = receive
+    world.step()
+    world.consumer.open.add(at)
+    world.offer()
+    world.step()
+    world.work()
+    world.step()
+
+    assert world.log.statuses() == {"a": "succeeded"}
+
+
+def test_the_report_of_a_batch_is_kept_until_its_outcomes_are_written(
+    make_world: Any, make_job: MakeJob
+) -> None:
+    world = make_world()
+    world.submit(make_job(id="a"))
+    world.offer()
+    world.step()
+    (batch,) = world.fetched()
+    world.report(batch)
+    world.log.faults.fail("log.complete", times=2)
+    world.try_steps(1)
+    assert world.fleet.reported
+
+    world.clock.advance(1)
+    world.step(2)
+
+    assert world.log.statuses() == {"a": "succeeded"}
+    assert not world.fleet.reported
+
+
 def test_a_batch_may_have_two_owners(worlds: Any, make_job: MakeJob) -> None:
     old, new = worlds
     old.submit(make_job(id="stays"), make_job(id="moves"))
