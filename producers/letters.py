@@ -15,6 +15,7 @@ from schemas.jobs import (
     KEY_LIMIT_CHARS,
     REPLAY,
     SIGNATURE,
+    VALUE_DROPPED,
     Job,
     read_job,
     rfc3339,
@@ -30,10 +31,7 @@ HOMES = {
 }
 DEAD_LETTER_TOPICS = tuple(HOMES)
 
-VALUE_DROPPED = "x-value-dropped"
-"""Header of a letter whose record was too large for the dead letters: how large its value was."""
-
-LEFT_BEHIND = DEAD_LETTER_HEADERS | HISTORY_HEADERS | {VALUE_DROPPED, REPLAY, "ce_deadline"}
+LEFT_BEHIND = DEAD_LETTER_HEADERS | HISTORY_HEADERS | {REPLAY, "ce_deadline"}
 """Headers that a redriven job has not got from its letter."""
 
 

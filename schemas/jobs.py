@@ -66,6 +66,9 @@ ATTRIBUTE_HEADERS = frozenset(
 HISTORY_HEADERS = frozenset({"ce_jobtopic", "ce_attempt", "ce_suspect", "ce_notbefore"})
 """What only the dispatcher writes, and only to the retry topic."""
 
+VALUE_DROPPED = "x-value-dropped"
+"""Header of a dead letter whose record was too large to be one: how large its value was."""
+
 DEAD_LETTER_HEADERS = frozenset(
     {
         "x-original-topic",
@@ -74,7 +77,7 @@ DEAD_LETTER_HEADERS = frozenset(
         "x-attempt",
         "x-error",
         "x-error-message",
-        "x-value-dropped",
+        VALUE_DROPPED,
     }
 )
 """What a dead letter has besides those of the job: where from and why."""

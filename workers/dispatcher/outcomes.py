@@ -18,6 +18,7 @@ from schemas.errors import InvalidJob, PipelineError
 from schemas.jobs import (
     DEAD_LETTER_HEADERS,
     KEY_LIMIT_CHARS,
+    VALUE_DROPPED,
     Job,
     job_headers,
     job_value,
@@ -210,7 +211,7 @@ class Outcomes:
 def _without_value(record: NewRecord) -> NewRecord:
     if not is_dead_letter_topic(record.topic):
         return record
-    dropped = {"x-value-dropped": f"{len(record.value)} bytes"}
+    dropped = {VALUE_DROPPED: f"{len(record.value)} bytes"}
     return record._replace(headers=record.headers | dropped, value=b"")
 
 
