@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -24,7 +25,8 @@ from pipelines.bundle import Bundle
 from pipelines.engines.cache import EngineCache
 from pipelines.load import load_model
 from pipelines.model import LoadedModel
-from schemas.errors import PipelineError, Transient
+from schemas.errors import InvalidJob, PipelineError, Transient
+from schemas.models import ModelCard
 from workers.inference.hand import Hand
 from workers.inference.residency import Residency
 from workers.inference.stages import Stages
@@ -32,6 +34,9 @@ from workers.inference.task import BatchRunner
 from workers.inference.watchdog import Watchdog
 
 BEAT_EVERY_S = 1.0
+LOOK_EVERY_S = 5.0
+"""How often to look for newer versions of what is loaded."""
+
 NO_LEASE_S = 10.0
 JOIN_S = 5.0
 
@@ -65,6 +70,7 @@ class Worker:
         self.started_at = time.time()
         self._stopped = threading.Event()
         self._beating = threading.Thread(target=self.beat_forever, name="beat", daemon=True)
+        self._unloadable: set[str] = set()
 
     def run(self) -> None:
         """Warm up, then serve until SIGTERM. Each step of the start is logged with its time."""
@@ -121,10 +127,36 @@ class Worker:
             if not set(held) <= set(self.residency.names()):
                 break  # it had to make room: the budget is used up
 
+    def keep_current_forever(self) -> None:
+        while not self._stopped.wait(LOOK_EVERY_S):
+            self.keep_current()
+
+    def keep_current(self) -> None:
+        """Load newer versions of what is loaded beside it, so that jobs for them find them warm. One that does
+        not load is left to the jobs that want it."""
+        held = self.residency.names()
+        for name in sorted({model.partition("/")[0] for model in held}):
+            with suppress(InvalidJob, Transient):  # removed, or not to be looked up now
+                card = self.catalogue.resolve(name, None)
+                if not {f"{name}/{card.version}"} & {*held, *self._unloadable}:
+                    self._load_beside(card)
+
+    def _load_beside(self, card: ModelCard) -> None:
+        model = f"{card.name}/{card.version}"
+        try:
+            with self.residency.use(card.name, card.version):
+                logger.info("version_ready", model=model)
+        except Transient:
+            raise
+        except PipelineError as error:
+            self._unloadable.add(model)
+            logger.error("model_not_loaded", model=model, code=error.code, error=error.message)
+
     def on_ready(self, **_: Any) -> None:
         """Celery listens: clear away what an earlier life offered, then ask for work."""
         self.health.ready = True
         self._beating.start()
+        threading.Thread(target=self.keep_current_forever, name="versions", daemon=True).start()
         ready_s = round(time.time() - self.started_at, 3)
         logger.info("ready", ready_s=ready_s, models=self.residency.names())
         announce_ready(self.settings, self.settings.worker.name, models=self.residency.names())

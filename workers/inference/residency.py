@@ -1,8 +1,13 @@
-"""Models held in memory under a budget, the least recently used out first, never one in use."""
+"""Models held in memory under a budget, the least recently used out first, never one in use.
+
+Two kinds go only if that is not enough: those of the premium tier, which somebody pays to have at hand, and those
+that came a moment ago, or two models that take turns would be loaded for every batch.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +19,8 @@ from pipelines.model import LoadedModel
 Load = Callable[[str, int], LoadedModel]
 """Loads and warms a version of a model. Raises PipelineError."""
 
+STAY_S = 10.0
+
 logger = get_logger("worker.residency")
 
 
@@ -22,14 +29,18 @@ class _Place:
     loading: threading.Lock = field(default_factory=threading.Lock)
     model: LoadedModel | None = None
     users: int = 0
+    loaded_at: float = 0.0
 
 
 class Residency:
     """budget_bytes: most bytes of engine memory held at once. A model in use is never dropped, so the
     budget may be passed for as long as more models are in use at once than fit."""
 
-    def __init__(self, load: Load, budget_bytes: int) -> None:
+    def __init__(
+        self, load: Load, budget_bytes: int, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
         self._load = load
+        self._monotonic = monotonic
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._places: OrderedDict[tuple[str, int], _Place] = OrderedDict()
@@ -42,6 +53,7 @@ class Residency:
             with place.loading:
                 if place.model is None:
                     place.model = self._load(name, version)
+                    place.loaded_at = self._monotonic()
                     self._make_room()
             yield place.model
         finally:
@@ -85,15 +97,22 @@ class Residency:
             model.close()
 
     def _over_budget(self) -> list[LoadedModel]:
-        """Take out idle models, least recently used first, until the rest fit."""
+        """Take out idle models until the rest fit."""
         held = sum(place.model.memory_bytes for place in self._places.values() if place.model)
+        idle = [
+            (key, place) for key, place in self._places.items() if place.model and not place.users
+        ]
         dropped: list[LoadedModel] = []
-        for key, place in list(self._places.items()):
+        for key, place in sorted(idle, key=lambda item: self._worth(item[1])):
             if held <= self._budget_bytes:
                 break
-            if place.users == 0 and place.model is not None:
-                held -= place.model.memory_bytes
-                dropped.append(place.model)
-                del self._places[key]
-                logger.info("model_dropped", model=key[0], version=key[1])
+            assert place.model is not None
+            held -= place.model.memory_bytes
+            dropped.append(place.model)
+            del self._places[key]
+            logger.info("model_dropped", model=key[0], version=key[1])
         return dropped
+
+    def _worth(self, place: _Place) -> tuple[bool, bool]:
+        assert place.model is not None
+        return place.model.premium, self._monotonic() - place.loaded_at < STAY_S

@@ -11,7 +11,7 @@ import pytest
 
 from infra.settings import load_settings
 from pipelines.bundle import Bundle
-from schemas.errors import InvalidModel, Transient
+from schemas.errors import InvalidJob, InvalidModel, Transient
 from workers.inference import main as worker_main
 from workers.inference.main import Worker
 
@@ -185,7 +185,7 @@ def test_a_model_that_does_not_load_keeps_no_other_from_being_warmed_up(
         if name == "bad":
             raise Transient("storage_unavailable", "away")
         loaded.append(name)
-        return SimpleNamespace(memory_bytes=1, close=lambda: None)
+        return SimpleNamespace(memory_bytes=1, premium=False, close=lambda: None)
 
     cards = [SimpleNamespace(name=name, version=1) for name in ("bad", "good")]
     catalogue: Any = SimpleNamespace(
@@ -198,3 +198,36 @@ def test_a_model_that_does_not_load_keeps_no_other_from_being_warmed_up(
 
     assert loaded == ["good"]
     assert worker.residency.names() == ["good/1"]
+
+
+def test_a_newer_version_is_loaded_beside_the_one_in_use_before_jobs_want_it(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = {"steady": 1, "new": 2, "broken": 2}
+    tried: list[str] = []
+
+    def load(name: str, version: int) -> Any:
+        tried.append(f"{name}/{version}")
+        if tried[-1] == "broken/2":
+            raise InvalidModel("model_check_failed", "It does not answer.")
+        return SimpleNamespace(memory_bytes=1, premium=False, close=lambda: None)
+
+    def resolve(name: str, _: object) -> Any:
+        if name == "removed":
+            raise InvalidJob("model_unknown", "It is gone.")
+        return SimpleNamespace(name=name, version=newest[name])
+
+    monkeypatch.setattr(worker, "catalogue", SimpleNamespace(resolve=resolve))
+    monkeypatch.setattr(worker.residency, "_load", load)
+    for name in ("broken", "new", "removed", "steady"):
+        with worker.residency.use(name, 1):
+            pass
+    tried.clear()
+
+    for _ in range(2):
+        worker.keep_current()
+
+    assert tried == ["broken/2", "new/2"]
+    assert set(worker.residency.names()) == {
+        "broken/1", "new/1", "new/2", "removed/1", "steady/1",
+    }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from schemas.errors import InvalidModel, Transient
-from workers.inference.residency import Residency
+from workers.inference.residency import STAY_S, Residency
 
 Soon = Callable[[threading.Event], None]
 
@@ -20,6 +20,7 @@ class Loaded:
     def __init__(self, name: str, memory_bytes: int) -> None:
         self.name = name
         self.memory_bytes = memory_bytes
+        self.premium = name.startswith("premium")
         self.users = 0
         self.closed = 0
 
@@ -54,8 +55,8 @@ def loader() -> Loader:
 
 
 @pytest.fixture
-def residency(loader: Loader) -> Residency:
-    return Residency(loader, budget_bytes=20)
+def residency(loader: Loader, clock: Any) -> Residency:
+    return Residency(loader, 20, clock.monotonic)
 
 
 def use(residency: Residency, *names: str) -> None:
@@ -135,6 +136,27 @@ def test_a_model_is_at_hand_while_another_loads(
     use(residency, "a")
     assert residency.names() == ["a/1"]
     go_on.set()
+
+
+def test_premium_models_go_last(residency: Residency, loader: Loader) -> None:
+    use(residency, "premium", "a", "b", "c")
+    assert loader.open() == ["premium", "c"]
+
+    use(residency, "premium2", "premium3")
+
+    assert loader.open() == ["premium2", "premium3"]
+
+
+def test_a_model_that_came_a_moment_ago_stays_if_an_older_one_can_go(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    use(residency, "old")
+    clock.advance(STAY_S)
+    use(residency, "young", "old")
+
+    use(residency, "new")
+
+    assert loader.open() == ["young", "new"]
 
 
 def test_over_the_budget_the_least_recently_used_goes(residency: Residency, loader: Loader) -> None:
