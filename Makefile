@@ -45,7 +45,7 @@ up-real: setup ## the processes of docker-compose.yml on Kafka, Redis and MinIO,
 	$(BIN)/python -m tests.servers.layout $(ARGS)
 
 bench: setup ## figures of docs/performance.md, measured here
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(ARGS)
 
 lock: ## compile requirements/*.txt anew from pyproject.toml
 	$(LOCK) --extra dev -o requirements/dev.txt pyproject.toml requirements/build.in

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Iterator
 
-from bench.figures import Asked, Figure
+from bench.figures import Asked, Effort, Figure
+from bench.stack import Kind
 
 
-def measure(quick: bool) -> Iterator[Figure]:
+def measure(_effort: Effort, _kind: Kind) -> Iterator[Figure]:
     run()
     yield Figure(
         name="second `make demo`",

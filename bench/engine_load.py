@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.figures import Asked, Figure, spread
+from bench.figures import Asked, Effort, Figure, spread
 from pipelines.engines import EngineCache, load_engine
 from pipelines.engines.onnxruntime import MODEL_FILE, OnnxRuntime
 from schemas.models import EngineConfig
@@ -52,8 +52,8 @@ class Prepared(NamedTuple):
     build_s: float
 
 
-def measure(quick: bool) -> Iterator[Figure]:
-    for name, samples in measure_all(3 if quick else 7)[0].items():
+def measure(effort: Effort, _kind: str) -> Iterator[Figure]:
+    for name, samples in measure_all(3 if effort == "quick" else 7)[0].items():
         ratio = loads(samples["cache"]) / loads(samples["floor"])
         yield Figure(
             name=f"engine load from cache over the floor, {name}",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import quantiles
 from typing import Any, Literal
 
 from msgspec import Struct
+
+Effort = Literal["quick", "usual", "long"]
+"""quick: fewer and shorter rounds, rough figures. long: what takes too long for every time."""
 
 
 class Asked(Struct, frozen=True):
@@ -20,9 +24,11 @@ class Asked(Struct, frozen=True):
 
 
 class Figure(Struct, frozen=True, kw_only=True):
-    """One line of the table. asked: None where a figure is for information. details: for --json."""
+    """One line of the table. on: the kind of deployment. asked: None where a figure is for information.
+    details: for --json."""
 
     name: str
+    on: str = ""
     measured: float
     unit: str = ""
     asked: Asked | None = None
@@ -35,9 +41,10 @@ class Figure(Struct, frozen=True, kw_only=True):
             return ""
         return "ok" if self.asked.met_by(self.measured) else "short"
 
-    def row(self) -> tuple[str, str, str, str, str]:
-        """Name, asked, measured, verdict and note, as text."""
-        return self.name, self._asked(), self._with_unit(self.measured), self.verdict, self.note
+    def row(self) -> tuple[str, str, str, str, str, str]:
+        """Name, on, asked, measured, verdict and note, as text."""
+        measured = self._with_unit(self.measured)
+        return self.name, self.on, self._asked(), measured, self.verdict, self.note
 
     def _asked(self) -> str:
         if self.asked is None:
@@ -58,3 +65,8 @@ def rounded(value: float) -> str:
 
 def spread(values: Iterable[float]) -> str:
     return " ".join(map(rounded, values))
+
+
+def p50_p99(values: Sequence[float]) -> tuple[float, float]:
+    cuts = quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[98]

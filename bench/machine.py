@@ -10,9 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from infra.embedded.record import running_stack
 from infra.embedded.redis_server import find_server
-from infra.settings import Settings
 
 PACKAGES = ("onnxruntime", "numpy", "pillow", "tokenizers", "celery", "redis", "msgspec")
 
@@ -39,17 +37,10 @@ def _count() -> int:
     return os.cpu_count() or 1
 
 
-def stack_processes(settings: Settings) -> dict[str, psutil.Process]:
-    """The running stack's processes by name, the supervisor as "stack"."""
-    state = running_stack(settings)
-    assert state is not None, f"no stack is running on {settings.data_dir}"
-    return {"stack": psutil.Process(state.pid)} | {
-        child.name: psutil.Process(child.pid) for child in state.children
-    }
-
-
 def cpu_s(process: psutil.Process) -> float:
-    """CPU time of all its threads, and of the children it has waited for."""
+    """CPU time of all its threads: our own exactly, of others as the system counts, in hundredths of a second."""
+    if process.pid == os.getpid():
+        return time.process_time()
     times = process.cpu_times()
     return float(times.user + times.system)
 

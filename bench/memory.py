@@ -1,61 +1,71 @@
-"""Memory of every process with 1,000 jobs queued, and with 100,000. The worker is frozen meanwhile."""
+"""Memory of every process with few jobs queued, and with many. The worker is frozen meanwhile.
+
+The dispatcher holds no more jobs than its window: the second level is above that of each kind of deployment.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import psutil
 
 from bench.bundles import NOOP, noop_payload
-from bench.figures import Asked, Figure
-from bench.machine import rss_bytes, stack_processes
+from bench.figures import Asked, Effort, Figure
+from bench.machine import rss_bytes
 from bench.publisher import alone
-from bench.stack import running
-from infra.settings import Settings
+from bench.stack import Deployment, Kind, running
 from producers.client import Client
 
+ASKED = Asked("<=", 10)
 GROUP, TOPIC = "dispatcher", "jobs.tensor.standard"
-FEW = 1_000
+LEVELS = {
+    "quick": (1_000, 30_000),
+    "usual": (1_000, 30_000, 100_000),
+    "long": (1_000, 30_000, 100_000, 1_000_000),
+}
 STEADY_S = 1.0
 MIB = 2**20
 
 
-def measure(quick: bool) -> Iterator[Figure]:
-    many = 20_000 if quick else 100_000
-    with running(NOOP) as settings:
-        few_bytes, many_bytes = alone(queue, settings, many)
-    growth = {name: 100 * (many_bytes[name] / few_bytes[name] - 1) for name in few_bytes}
-    worst = max(growth, key=lambda name: growth[name])
-    each = ", ".join(
-        f"{name} {few_bytes[name] / MIB:.0f} to {many_bytes[name] / MIB:.0f}" for name in growth
+def measure(effort: Effort, kind: Kind) -> Iterator[Figure]:
+    levels = LEVELS[effort]
+    with running(kind, NOOP) as deployment:
+        taken = alone(queue, deployment, levels)
+    ours = taken[0].keys() - deployment.servers
+    sizes = ", ".join(
+        f"{name} {' '.join(f'{one[name] / MIB:.0f}' for one in taken)}" for name in taken[0]
     )
-    yield Figure(
-        name=f"memory with {many:,} queued jobs over {FEW:,}, largest growth",
-        measured=growth[worst],
-        unit="%",
-        asked=Asked("<=", 10),
-        note=f"{worst}; MiB: {each}",
-        details={"few_bytes": few_bytes, "many_bytes": many_bytes},
-    )
+    for level, before in zip(levels[:-1], taken, strict=False):
+        growth = {name: 100 * (taken[-1][name] / before[name] - 1) for name in ours}
+        worst = max(ours, key=lambda name: growth[name])
+        yield Figure(
+            name=f"memory with {levels[-1]:,} queued jobs over {level:,}, largest growth",
+            measured=growth[worst],
+            unit="%",
+            asked=ASKED if level == levels[0] else None,
+            note=f"{worst}; MiB with {', '.join(f'{n:,}' for n in levels)} jobs: {sizes}",
+            details={"levels": levels, "bytes": taken},
+        )
 
 
-def queue(settings: Settings, many: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Resident bytes by process with few and with many jobs queued."""
-    processes = stack_processes(settings) | {"client": psutil.Process()}
+def queue(deployment: Deployment, levels: Sequence[int]) -> list[dict[str, int]]:
+    """Resident bytes by process, with so many jobs queued each time."""
+    processes = deployment.processes() | {"client": psutil.Process()}
     payloads = map(noop_payload, itertools.count())
-    with Client(settings=settings) as client:
+    taken = []
+    with Client(settings=deployment.settings) as client:
         client.submit(NOOP, next(payloads)).result()
         processes["worker-0"].suspend()
         try:
-            submit(client, payloads, FEW)
-            few_bytes = rss_bytes(processes)
-            submit(client, payloads, many - FEW)
-            many_bytes = rss_bytes(processes)
+            for few, many in pairwise((0, *levels)):
+                submit(client, payloads, many - few)
+                taken.append(rss_bytes(processes))
             queued = client.log.lag(GROUP, [TOPIC])[TOPIC].open
             assert queued >= many, f"expected {many} jobs in the queue, there are {queued}"
-            return few_bytes, many_bytes
+            return taken
         finally:
             processes["worker-0"].resume()
 

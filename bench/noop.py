@@ -1,4 +1,4 @@
-"""What a job costs in CPU time beside the model: a no-op with 1 KB in, over all processes."""
+"""What a job costs beside the model: a no-op with 1 KB in, over all processes, and how many a second."""
 
 from __future__ import annotations
 
@@ -6,33 +6,39 @@ from collections.abc import Iterator
 from statistics import median
 
 from bench.bundles import NOOP, NOOP_MAX_JOBS, WIDE_NOOP, noop_payload
-from bench.figures import Asked, Figure, spread
+from bench.figures import Asked, Effort, Figure, spread
 from bench.publisher import Streamed, alone, others, stream
-from bench.stack import running
-from infra.settings import Settings
+from bench.stack import Deployment, Kind, running
 
-ASKED = Asked("<=", 400, aim=190)
-
-
-def measure(quick: bool) -> Iterator[Figure]:
-    with running(NOOP, WIDE_NOOP) as settings:
-        yield cpu_time(settings, NOOP, quick)
-        yield cpu_time(settings, WIDE_NOOP, quick)
+ASKED = {"embedded": Asked("<=", 400, aim=190)}
 
 
-def cpu_time(settings: Settings, model: str, quick: bool) -> Figure:
-    jobs, rounds = (12_000, 2) if quick else (20_000, 3)
+def measure(effort: Effort, kind: Kind) -> Iterator[Figure]:
+    with running(kind, NOOP, WIDE_NOOP) as deployment:
+        for model in (NOOP, WIDE_NOOP):
+            yield from cost_and_rate(deployment, model, effort)
+
+
+def cost_and_rate(deployment: Deployment, model: str, effort: Effort) -> Iterator[Figure]:
+    jobs, rounds = (12_000, 2) if effort == "quick" else (20_000, 3)
     payloads = [noop_payload(number) for number in range(500)]
-    streams = [alone(stream, settings, model, payloads, jobs) for _ in range(rounds)]
+    streams = [alone(stream, deployment, model, payloads, jobs) for _ in range(rounds)]
     totals = [sum(streamed.cpu_us_per_job.values()) for streamed in streams]
-    return Figure(
-        name=f"no-op job of 1 KB, up to {NOOP_MAX_JOBS[model]} in a batch: CPU in all processes",
+    rates = [streamed.jobs_per_s for streamed in streams]
+    name = f"no-op job of 1 KB, up to {NOOP_MAX_JOBS[model]} in a batch"
+    yield Figure(
+        name=f"{name}: CPU in all processes",
         measured=median(totals),
         unit="us",
-        asked=ASKED,
-        note=f"{_by_process(streams)}; rounds {spread(totals)}; "
-        f"{median(streamed.jobs_per_s for streamed in streams):.0f} jobs/s; {others(streams)}",
+        asked=ASKED.get(deployment.kind),
+        note=f"{_by_process(streams)}; rounds {spread(totals)}; {others(streams)}",
         details={"streams": streams},
+    )
+    yield Figure(
+        name=f"{name}: throughput",
+        measured=median(rates),
+        unit="jobs/s",
+        note=f"one worker, one client; rounds {spread(rates)}",
     )
 
 

@@ -16,8 +16,8 @@ from typing import ParamSpec, TypeVar
 import psutil
 from msgspec import Struct
 
-from bench.machine import CpuMeter, stack_processes
-from infra.settings import Settings
+from bench.machine import CpuMeter
+from bench.stack import Deployment
 from producers.client import Client, JobHandle
 from schemas.results import Outcome
 
@@ -56,12 +56,12 @@ def alone(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return process.submit(work, *args, **kwargs).result()
 
 
-def stream(settings: Settings, model: str, payloads: Payloads, jobs: int) -> Streamed:
+def stream(deployment: Deployment, model: str, payloads: Payloads, jobs: int) -> Streamed:
     """Submit so many jobs, the payloads over and over, at most AHEAD groups without their results."""
     group = min(GROUP_MOST, max(GROUP_LEAST, jobs // 24))
-    with Client(settings=settings) as client:
+    with Client(settings=deployment.settings) as client:
         _finish(client, client.submit_many(model, payloads[:1]))  # connections are open now
-        meter = CpuMeter(stack_processes(settings) | {"client": psutil.Process()})
+        meter = CpuMeter(deployment.processes() | {"client": psutil.Process()})
         began = time.perf_counter()
         waiting: deque[list[JobHandle]] = deque()
         outcomes: list[Outcome] = []

@@ -13,33 +13,32 @@ from collections.abc import Iterator
 from statistics import mean, median
 
 from bench.bundles import IMAGE, TEXT
-from bench.figures import Asked, Figure, spread
+from bench.figures import Asked, Effort, Figure, spread
 from bench.inputs import jpegs, sentences
 from bench.plain import Looped, plain_loops
 from bench.publisher import Payloads, Streamed, alone, others, stream
-from bench.stack import running
-from infra.settings import Settings
+from bench.stack import Deployment, Kind, running
 
 ASKED = Asked(">=", 0.85, aim=0.95)
 
 
-def measure(quick: bool) -> Iterator[Figure]:
-    with running(IMAGE, TEXT) as settings:
-        yield compare(settings, "EfficientNet-Lite0, JPEG 512 px", IMAGE, jpegs(512), quick)
-        if not quick:
-            yield compare(settings, "EfficientNet-Lite0, JPEG as is", IMAGE, jpegs(), quick)
-        yield compare(settings, "MiniLM sentences", TEXT, sentences(), quick)
+def measure(effort: Effort, kind: Kind) -> Iterator[Figure]:
+    with running(kind, IMAGE, TEXT) as stack:
+        yield compare(stack, "EfficientNet-Lite0, JPEG 512 px", IMAGE, jpegs(512), effort)
+        if effort != "quick":
+            yield compare(stack, "EfficientNet-Lite0, JPEG as is", IMAGE, jpegs(), effort)
+        yield compare(stack, "MiniLM sentences", TEXT, sentences(), effort)
 
 
-def compare(settings: Settings, name: str, model: str, payloads: Payloads, quick: bool) -> Figure:
-    seconds, rounds = (4.0, 1) if quick else (6.0, 3)
-    with plain_loops(settings, model, payloads) as plain:
+def compare(stack: Deployment, name: str, model: str, payloads: Payloads, effort: Effort) -> Figure:
+    seconds, rounds = (4.0, 1) if effort == "quick" else (6.0, 3)
+    with plain_loops(stack.settings, model, payloads) as plain:
         plain.tune((1, 2, 8), seconds=2.0)
         loops = [plain.run(seconds)]
         streams: list[Streamed] = []
         for _ in range(rounds):
             jobs = int(loops[-1].jobs_per_s * (seconds + 2))
-            streams.append(alone(stream, settings, model, payloads, jobs))
+            streams.append(alone(stream, stack, model, payloads, jobs))
             loops.append(plain.run(seconds))
     return _figure(name, plain.batch, loops, streams)
 

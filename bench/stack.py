@@ -1,4 +1,7 @@
-"""A stack of its own for each benchmark, started and stopped by the command line as users do."""
+"""What is measured: a deployment of its own for each benchmark, started and stopped by the command line as users do.
+
+On "servers" its log, objects and Redis are Apache Kafka, MinIO and Redis, processes beside it. Nothing else differs.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,81 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import psutil
 
 from bench.bundles import install
+from infra.embedded.record import running_stack
+from infra.embedded.stack import environment
 from infra.settings import Settings, load_settings
+
+Kind = Literal["embedded", "servers"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Deployment(NamedTuple):
+    """servers: pids by name; the embedded stack has none beside its own processes."""
+
+    kind: Kind
+    settings: Settings
+    servers: dict[str, int]
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """All that run, by name, the supervisor as "stack"."""
+        state = running_stack(self.settings)
+        pids = {"stack": state.pid} | {c.name: c.pid for c in state.children} if state else {}
+        return {name: psutil.Process(pid) for name, pid in (pids | self.servers).items()}
+
+
+class ServersMissing(Exception):
+    """A server can neither be found nor installed here. Says which, and how to get it."""
 
 
 @contextmanager
-def running(*models: str, **environment: str) -> Iterator[Settings]:
-    """A fresh data folder with these models, and the stack on it. environment: HEADRACE_ settings."""
-    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
-        settings = load_settings(data_dir=Path(folder, "data"))
-        install(settings, list(models))
-        headrace(settings, "up", "--detach", **environment)
+def running(kind: Kind, *models: str) -> Iterator[Deployment]:
+    """Its dispatcher and a worker are up, with these models."""
+    with deployed(kind) as deployment:
+        install(deployment.settings, list(models))
+        headrace(deployment.settings, "up", "--detach")
         try:
-            yield settings
+            yield deployment
         finally:
-            headrace(settings, "down")
+            headrace(deployment.settings, "down")
 
 
-def headrace(settings: Settings, *words: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "headrace", *words, "--data", str(settings.data_dir)]
+@contextmanager
+def deployed(kind: Kind) -> Iterator[Deployment]:
+    """In a fresh data folder, on servers of its own with topics and bucket; nothing of headrace's is up yet.
+
+    Raises ServersMissing.
+    """
+    with ExitStack() as open_now:
+        prefix = "headrace-bench-"
+        folder = Path(open_now.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
+        data = folder / "data"
+        data.mkdir()
+        if kind == "embedded":
+            yield Deployment(kind, load_settings(data_dir=data), {})
+            return
+        from bench.servers import real_servers  # only here: it imports what tests need
+
+        servers = open_now.enter_context(real_servers())
+        settings = load_settings(data_dir=data, **servers.settings(folder))
+        headrace(settings, "topics", "apply")
+        headrace(settings, "objects", "apply")
+        yield Deployment(kind, settings, servers.pids())
+
+
+def headrace(settings: Settings, *words: str) -> None:
     done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "headrace", *words],
+        env=os.environ | environment(settings),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(

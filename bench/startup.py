@@ -10,12 +10,10 @@ from typing import NamedTuple
 import psutil
 
 from bench.bundles import IMAGE, NOOP, TEXT, noop_payload
-from bench.figures import Figure, spread
-from bench.machine import stack_processes
-from bench.stack import running
+from bench.figures import Effort, Figure, spread
+from bench.stack import Deployment, Kind, running
 from infra.embedded import ready_file
 from infra.embedded.record import running_stack
-from infra.settings import Settings
 from producers.client import Client
 
 WORKER = "worker-0"
@@ -30,14 +28,17 @@ class Start(NamedTuple):
     first_result_s: float
 
 
-def measure(quick: bool) -> Iterator[Figure]:
-    with running(NOOP, IMAGE, TEXT) as settings, Client(settings=settings) as client:
-        state = running_stack(settings)
+def measure(effort: Effort, kind: Kind) -> Iterator[Figure]:
+    with (
+        running(kind, NOOP, IMAGE, TEXT) as deployment,
+        Client(settings=deployment.settings) as client,
+    ):
+        state = running_stack(deployment.settings)
         assert state is not None
         starts = []
-        for _ in range(2 if quick else 5):
+        for _ in range(2 if effort == "quick" else 5):
             time.sleep(BETWEEN_S)
-            starts.append(restart(settings, client))
+            starts.append(restart(deployment, client))
     models = f"{IMAGE}, {TEXT} and a no-op, from the engine cache"
     yield Figure(
         name="worker start: process to ready",
@@ -59,12 +60,12 @@ def measure(quick: bool) -> Iterator[Figure]:
     )
 
 
-def restart(settings: Settings, client: Client) -> Start:
+def restart(deployment: Deployment, client: Client) -> Start:
     """Kill the worker with a job coming in; the supervisor starts another."""
-    killed = stack_processes(settings)[WORKER]
+    killed = deployment.processes()[WORKER]
     killed.kill()
     psutil.wait_procs([killed])
     client.submit(NOOP, noop_payload(1)).result()
     answered = time.time()
-    began = stack_processes(settings)[WORKER].create_time()
-    return Start(ready_file(settings, WORKER).stat().st_mtime - began, answered - began)
+    began = deployment.processes()[WORKER].create_time()
+    return Start(ready_file(deployment.settings, WORKER).stat().st_mtime - began, answered - began)

@@ -22,6 +22,10 @@ class PipelineError(Exception):
     def message(self) -> str:
         return str(self.args[0])
 
+    def __reduce__(self) -> tuple[type[PipelineError], tuple[str, str]]:
+        """As pools of processes hand it on."""
+        return type(self), (self.code, self.message)
+
 
 class InvalidJob(PipelineError):
     """The job itself is wrong. Never retried: refused at submit, or a dead letter."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -333,10 +334,17 @@ class KafkaMember:
             partition.paused = topic in self._paused
             self._owned[name] = partition
             self._consumer.seek(name, tracker.end)
+        self._share_windows()
         # Kept for the transactions: what the client says between two deals would be taken for the next one.
         self._membership = member
         self._gained = self._gained or bool(restored)
         return set(restored)
+
+    def _share_windows(self) -> None:
+        """A topic's window is divided among its partitions that are ours."""
+        counts = Counter(partition.topic for partition in self._owned.values())
+        for partition in self._owned.values():
+            partition.window = max(1, self._window // counts[partition.topic])
 
     def _restore(self, partitions: set[TopicPartition]) -> dict[TopicPartition, Tracker]:
         """Where the group stands on these. Where it has not been yet, it stands at the beginning from now on."""

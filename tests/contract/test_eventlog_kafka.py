@@ -150,6 +150,17 @@ def test_what_stays_with_a_member_is_not_given_again(
     assert set(positions(mine)).isdisjoint(positions(held))
 
 
+def test_the_window_of_a_topic_is_shared_by_its_partitions(log: EventLog, take: Take) -> None:
+    log.append(new(A, *range(200)))
+    with closing(log.consumer("w", [A], window=2 * PARTITIONS)) as consumer:
+        held = take(consumer, 2 * PARTITIONS)
+        assert consumer.receive(100, 2**20, timeout_s=0.3) == []
+
+        consumer.complete(positions(held))
+
+        assert len(take(consumer, 2 * PARTITIONS)) == 2 * PARTITIONS
+
+
 def test_who_was_dealt_out_learns_it_and_writes_nothing(
     url: str, log: EventLog, member: Callable[..., Consumer], take: Take
 ) -> None:
