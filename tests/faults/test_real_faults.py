@@ -41,9 +41,11 @@ class Stacks:
         self.drop()
 
     def for_fault(self, fault: Fault) -> RealStack:
-        if self._stack is None or self._stack.proxied != fault.proxied or fault.alone:
+        wanted = (fault.proxied, fault.lease_s)
+        if fault.alone or not self._stack or wanted != (self._stack.proxied, self._stack.lease_s):
             self.drop()
-            self._stack = self._open.enter_context(real_stack(self.servers, proxied=fault.proxied))
+            stack = real_stack(self.servers, proxied=fault.proxied, lease_s=fault.lease_s)
+            self._stack = self._open.enter_context(stack)
         return self._stack
 
     def drop(self) -> None:
@@ -59,7 +61,9 @@ def stacks() -> Iterator[Stacks]:
 
 @pytest.mark.parametrize(
     "fault",
-    sorted((one for one in FAULTS if one.short), key=lambda one: (one.alone, one.proxied)),
+    sorted(
+        (one for one in FAULTS if one.short), key=lambda one: (one.alone, one.proxied, one.lease_s)
+    ),
     ids=lambda one: one.id,
 )
 def test_promises_are_kept_under(fault: Fault, stacks: Stacks) -> None:

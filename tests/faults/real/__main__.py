@@ -64,7 +64,7 @@ def _one(one: Fault, servers: Servers, options: argparse.Namespace) -> Finding:
     scale = one.long if options.long else one.short or one.long
     if why := one.unable(servers):
         return Finding(one.number, one.name, 0, not_run=why)
-    with real_stack(servers, proxied=one.proxied) as stack:
+    with real_stack(servers, proxied=one.proxied, lease_s=one.lease_s) as stack:
         finding = execute(one, scale, stack)
         if finding.breaches or options.keep_all:
             keep_evidence(stack, finding, options.evidence)

@@ -40,8 +40,10 @@ def answer_lost(run: Run) -> None:
     long=Scale(1, 20_000, 600),
     short=Scale(1, 500, 15),
     proxied=True,
+    lease_s=10.0,
 )
 def slow_and_lossy(run: Run) -> None:
+    """With the usual lease: one of 2 s is over before a batch has made its way over such a link."""
     with run.load(rate=50):
         for proxy in run.servers.links.values():
             proxy.delay_s, proxy.resets_per_s = DELAY_S, RESETS_PER_S

@@ -39,7 +39,11 @@ LINKS: tuple[tuple[Role, ServerName], ...] = (
 )
 """Workers do not speak to the log."""
 
-DISK_BYTES: dict[ServerName, int] = {"log": 2 * 1024**3, "objects": 1024**3, "redis": 256 * 1024**2}
+DISK_BYTES: dict[ServerName, int] = {
+    "log": 2 * 1024**3,
+    "objects": 4 * 1024**3,
+    "redis": 512 * 1024**2,
+}
 
 
 class Kafka(KafkaServer):

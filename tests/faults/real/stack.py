@@ -33,7 +33,6 @@ CHECKER = Path(__file__).with_name("checker.py")
 SETTINGS = {
     "KAFKA__PARTITIONS": PARTITIONS,
     "KAFKA__SESSION_TIMEOUT_S": SESSION_S,
-    "DISPATCHER__LEASE_S": LEASE_S,
     "DISPATCHER__RETRY_BASE_S": 0.05,
     "WORKER__EXECUTORS": 2,
     # Jobs fail on purpose here.
@@ -45,10 +44,13 @@ SETTINGS = {
 class RealStack:
     """Its topics, its processes and who looks at them. proxied: every link goes through its proxy."""
 
-    def __init__(self, servers: Servers, folder: Path, *, proxied: bool = False) -> None:
+    def __init__(
+        self, servers: Servers, folder: Path, *, proxied: bool = False, lease_s: float = LEASE_S
+    ) -> None:
         self.servers = servers
         self.folder = folder
         self.proxied = proxied
+        self.lease_s = lease_s
         self.prefix = f"f{uuid.uuid4().hex[:8]}."
         self.redis = redis.Redis.from_url(servers.redis.url)
         self.redis.flushall()
@@ -89,6 +91,7 @@ class RealStack:
             "REDIS_URL": self.servers.redis.url.replace(self.servers.redis.host, store),
             "S3__CACHE_DIR": self.folder / "objects",
             "DATA_DIR": self.folder,
+            "DISPATCHER__LEASE_S": self.lease_s,
         }
         own |= {f"HEADRACE_{name}": str(value) for name, value in (settings | more).items()}
         path = os.pathsep.join([str(self._steps), str(ROOT)])
@@ -186,14 +189,16 @@ class RealStack:
 
 
 @contextmanager
-def real_stack(servers: Servers, *, proxied: bool = False) -> Iterator[RealStack]:
+def real_stack(
+    servers: Servers, *, proxied: bool = False, lease_s: float = LEASE_S
+) -> Iterator[RealStack]:
     """A stack with topics and models of its own, and no processes yet."""
     with ExitStack() as closing_up:
         folder = closing_up.enter_context(
             tempfile.TemporaryDirectory(prefix="hr-faults-", ignore_cleanup_errors=True)
         )
         servers.heal()
-        stack = RealStack(servers, Path(folder), proxied=proxied)
+        stack = RealStack(servers, Path(folder), proxied=proxied, lease_s=lease_s)
         closing_up.callback(stack.close)
         closing_up.callback(servers.heal)
         yield stack

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.faults.real.keeper import TooLate, until
 from tests.faults.real.load import Load
-from tests.faults.real.stack import RealStack
+from tests.faults.real.stack import LEASE_S, RealStack
 
 SEED = 20261121
 STUCK_S = 60.0
@@ -37,7 +37,7 @@ class Scale:
 @dataclass(frozen=True)
 class Fault:
     """limit_s: within which recovery is promised. short: None where it has no short form.
-    alone: leaves its stack otherwise than others expect it.
+    lease_s: of its stack. alone: leaves its stack otherwise than others expect it.
     unable: why it cannot be done with these servers, "" if it can."""
 
     number: float
@@ -50,6 +50,7 @@ class Fault:
     workers: int
     proxied: bool
     alone: bool
+    lease_s: float
     unable: Callable[[Any], str]
 
     @property
@@ -71,6 +72,7 @@ def fault(
     workers: int = 2,
     proxied: bool = False,
     alone: bool = False,
+    lease_s: float = LEASE_S,
     unable: Callable[[Any], str] = lambda servers: "",
 ) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
     """number: in ../shared/reference/reliability.md's list, with a decimal where one has several parts."""
@@ -88,6 +90,7 @@ def fault(
                 workers,
                 proxied,
                 alone,
+                lease_s,
                 unable,
             )
         )
