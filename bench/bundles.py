@@ -13,8 +13,7 @@ from infra.catalogue import Catalogue
 from infra.objects import connect_objects
 from infra.settings import Settings
 from pipelines.bundle import Bundle
-from pipelines.engines import load_engine
-from pipelines.engines.cache import EngineCache
+from pipelines.engines import load_engine, open_cache
 from pipelines.model import LoadedModel
 from pipelines.registry import add
 from schemas.models import BatchConfig
@@ -74,23 +73,21 @@ def install(settings: Settings, names: list[str]) -> None:
         parent = cache_folder().parent if cached else settings.data_dir
         folder = parent / "bundles" / name
         BUILD[name](folder)
-        add(folder, objects, _cache(settings), budget_bytes=settings.worker.memory_bytes)
+        cache = open_cache(settings, objects)
+        add(folder, objects, cache, budget_bytes=settings.worker.memory_bytes)
 
 
 def load(settings: Settings, name: str) -> LoadedModel:
     """As a worker loads it: the installed files, one thread an engine, warmed up."""
-    catalogue = Catalogue(connect_objects(settings))
+    objects = connect_objects(settings)
+    catalogue, cache = Catalogue(objects), open_cache(settings, objects)
     bundle = Bundle.open(catalogue.folder(catalogue.resolve(name)), check_graphs=False)
     engines = {
         role: load_engine(
-            bundle.path(config.file), config, bundle.config.batch.buckets, cache=_cache(settings)
+            bundle.path(config.file), config, bundle.config.batch.buckets, cache=cache
         )
         for role, config in bundle.config.engines.items()
     }
     model = LoadedModel(bundle, engines)
     model.warm()
     return model
-
-
-def _cache(settings: Settings) -> EngineCache:
-    return EngineCache(settings.engine_cache_dir, settings.engine_cache_bytes)

@@ -128,6 +128,6 @@ def models(settings: Settings) -> Finding:
 
 
 def engine_cache(settings: Settings) -> Finding:
-    settings.engine_cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=settings.engine_cache_dir):
-        return Finding("engine cache", "ok", f"{settings.engine_cache_dir} is writable")
+    settings.engines.cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=settings.engines.cache_dir):
+        return Finding("engine cache", "ok", f"{settings.engines.cache_dir} is writable")

@@ -10,6 +10,8 @@ import json
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -105,7 +107,7 @@ class ArchiverSettings(Section):
     slot: int = Field(default=0, ge=0)
     file_records: int = Field(default=16_384, ge=1, le=16_384)
     file_bytes: int = Field(default=32 * 1024 * 1024, ge=1, le=512 * 1024 * 1024)
-    file_age_s: float = Field(default=900, gt=0)
+    file_age_s: float = Field(default=900, gt=0, le=24 * 3600)
     memory_bytes: int = Field(default=64 * 1024 * 1024, ge=1024 * 1024)
     retention_days: int = Field(default=0, ge=0)
 
@@ -183,22 +185,62 @@ class TenantSettings(Section):
 
     def _read(self) -> dict[str, tuple[SecretStr, ...]]:
         assert self.keys_file is not None
-        try:
-            return TenantSettings(keys=json.loads(self.keys_file.read_bytes())).keys
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-        except ValidationError as error:
-            reason = "; ".join(
-                f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}"
-                for problem in error.errors(include_input=False)
-            )
-        except ValueError:
-            reason = "it is no JSON"
-        raise PipelineError(
-            "settings_invalid",
+        with _readable_keys(
             f"HEADRACE_TENANTS__KEYS_FILE: {self.keys_file} must hold a JSON object with a key of at "
-            f"least 16 characters, or a list of them, for each tenant: {reason}.",
+            "least 16 characters, or a list of them, for each tenant"
+        ):
+            return TenantSettings(keys=json.loads(self.keys_file.read_bytes())).keys
+
+
+EngineKeyId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+EngineKey = Annotated[SecretStr, Field(min_length=32)]
+
+
+class EngineSettings(Section):
+    """Compiled engines. cache_dir, cache_bytes: on this machine. keys: by id, what manifests of engines are
+    signed with; the first signs, all are accepted; as JSON in the environment, or in keys_file. With keys,
+    engines are shared through the object store too. build_wait_s: for somebody else's build of the same
+    engine. lease_s: how long a machine that builds may go without a sign of life. failure_memory_s: how long
+    a failed build is not tried again."""
+
+    cache_dir: Path = Field(default_factory=lambda: default_cache_dir() / "engines")
+    cache_bytes: int = Field(default=8 * 1024**3, ge=1024**2)
+    keys: dict[EngineKeyId, EngineKey] = {}
+    keys_file: Path | None = None
+    build_wait_s: float = Field(default=600, ge=0)
+    lease_s: float = Field(default=30, ge=1)
+    failure_memory_s: float = Field(default=300, ge=0)
+
+    def secrets(self) -> dict[str, bytes]:
+        """Reads keys_file. Raises PipelineError if it is not as it should be; what is in it is never shown."""
+        keys = self.keys | (self._read() if self.keys_file else {})
+        return {key_id: key.get_secret_value().encode() for key_id, key in keys.items()}
+
+    def _read(self) -> dict[str, SecretStr]:
+        assert self.keys_file is not None
+        with _readable_keys(
+            f"HEADRACE_ENGINES__KEYS_FILE: {self.keys_file} must hold a JSON object with a key of at "
+            "least 32 characters for each id"
+        ):
+            return EngineSettings(keys=json.loads(self.keys_file.read_bytes())).keys
+
+
+@contextmanager
+def _readable_keys(expected: str) -> Iterator[None]:
+    """Raises PipelineError with what was expected of a file of keys, and why it is not so."""
+    try:
+        yield
+        return
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    except ValidationError as error:
+        reason = "; ".join(
+            f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}"
+            for problem in error.errors(include_input=False)
         )
+    except ValueError:
+        reason = "it is no JSON"
+    raise PipelineError("settings_invalid", f"{expected}: {reason}.")
 
 
 class StackSettings(Section):
@@ -229,12 +271,12 @@ class Settings(BaseSettings):
     health_port: int = Field(default=0, ge=0, le=65535)
     view_ttl_s: int = Field(default=3600, ge=60)
     view_jobs: int = Field(default=500_000, ge=1000)
-    engine_cache_bytes: int = Field(default=8 * 1024**3, ge=1024**2)
     kafka: KafkaSettings = KafkaSettings()
     dispatcher: DispatcherSettings = DispatcherSettings()
     breaker: BreakerSettings = BreakerSettings()
     worker: WorkerSettings = WorkerSettings()
     archiver: ArchiverSettings = ArchiverSettings()
+    engines: EngineSettings = Field(default_factory=EngineSettings)
     s3: S3Settings = Field(default_factory=S3Settings)
     tenants: TenantSettings = TenantSettings()
     redis: RedisSettings = RedisSettings()
@@ -282,10 +324,6 @@ class Settings(BaseSettings):
             return inside
         digest = hashlib.sha256(bytes(self.data_dir)).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}-{digest}" / "redis.sock"
-
-    @property
-    def engine_cache_dir(self) -> Path:
-        return default_cache_dir() / "engines"
 
 
 def is_redis_address(url: str) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from pipelines.engines.precision import refuse_unsupported
 from pipelines.model_yaml import ModelYaml
 from pipelines.onnx_files import external_files
 from schemas.errors import InvalidModel
@@ -112,6 +113,11 @@ class Bundle:
             graph = self._named(at, config.file)
             if check_graphs:
                 self._check_weights(at, graph)
+            with self._blaming(f"$.engines.{engine}.precision"):
+                refuse_unsupported(config)
+            if config.accuracy:
+                samples = os.path.join(os.path.dirname(config.file), config.accuracy.samples)
+                self._named(f"$.engines.{engine}.accuracy.samples", samples)
         for field in ("labels", "tokenizer", "sample"):
             name = getattr(self.config, field)
             if isinstance(name, str):

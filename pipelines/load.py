@@ -24,7 +24,12 @@ def load_model(
         for role, config in bundle.config.engines.items():
             buckets = bundle.config.batch.buckets
             engine = load_engine(
-                bundle.path(config.file), config, buckets, cache=cache, force=force
+                bundle.path(config.file),
+                config,
+                buckets,
+                cache=cache,
+                label=f"{bundle.config.name}/{bundle.config.version} {role}",
+                force=force,
             )
             loaded.callback(engine.close)
             engines[role] = engine

@@ -16,6 +16,7 @@ MODEL_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 Name = Annotated[str, Meta(pattern=rf"^{MODEL_NAME.pattern}\Z")]
 Positive = Annotated[int, Meta(ge=1)]
+Axis = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Milliseconds = Annotated[float, Meta(ge=0)]
 
@@ -23,12 +24,38 @@ Steps = Annotated[list[str | dict[str, dict[str, Any]]], Meta(min_length=1)]
 """Each step is `name` or `name: {parameter: value}`."""
 
 
+class ShapeRange(Struct, frozen=True, forbid_unknown_fields=True):
+    """Shapes of one input that an engine takes, without the batch axis; it is fastest at `opt`."""
+
+    min: tuple[Axis, ...]
+    opt: tuple[Axis, ...]
+    max: tuple[Axis, ...]
+
+
+Precision = Literal["float32", "bfloat16", "int8", "int8-dynamic"]
+
+
+class Accuracy(Struct, frozen=True, forbid_unknown_fields=True):
+    """What fewer bits than float32 may cost. samples: an .npz file beside the graph, with rows of every
+    input; int8 is calibrated with them too. tolerance: how far off an output of any of them may be, as
+    a part of its length: |output - float32's| / |float32's|."""
+
+    samples: str
+    tolerance: Annotated[float, Meta(gt=0)]
+
+
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """One graph of the bundle. file: an ONNX file of the bundle, its weights in the bundle too."""
+    """One graph of the bundle. file: an ONNX file of the bundle, its weights in the bundle too.
+    precision: float32 computes in what the graph says; fewer bits are refused without `accuracy`.
+    shapes: of inputs with dynamic axes beside the batch, which TensorRT must know beforehand."""
 
     file: str
-    backend: Literal["onnxruntime"] = "onnxruntime"
-    precision: Literal["float32"] = "float32"
+    backend: Literal["onnxruntime", "onnxruntime-cuda", "openvino", "tensorrt", "tensorrt-rtx"] = (
+        "onnxruntime"
+    )
+    precision: Precision = "float32"
+    accuracy: Accuracy | None = None
+    shapes: dict[str, ShapeRange] = field(default_factory=dict)
 
 
 class BatchConfig(Struct, frozen=True, forbid_unknown_fields=True):

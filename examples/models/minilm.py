@@ -175,7 +175,8 @@ def embeddings(g: Graph, weights: Weights, ids: str) -> str:
     kinds = weights["embeddings.token_type_embeddings.weight"]
     positions = g.constant(weights["embeddings.position_embeddings.weight"] + kinds[0])
     length = g.op("Shape", ids, start=1, end=2)
-    first = g.op("Slice", positions, g.constant(np.array([0])), length)
+    zero = g.constant(np.array([0]))  # the first row, and the axis of rows
+    first = g.op("Slice", positions, zero, length, zero)
     x = g.op("Add", g.op("Gather", words, ids), first)
     return norm(g, weights, x, "embeddings.LayerNorm")
 

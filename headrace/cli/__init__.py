@@ -34,6 +34,9 @@ COMMANDS = {
         "headrace.cli.deadletters", "app", "Look at jobs that failed, and submit them again."
     ),
     "models": Entry("headrace.cli.models", "app", "Add, list, show and remove models."),
+    "engines": Entry(
+        "headrace.cli.engines", "app", "Compile engines, and look after the cache of them."
+    ),
     "topics": Entry(
         "headrace.cli.topics",
         "app",

@@ -116,10 +116,10 @@ def _install_models(settings: Settings, recipes: _Recipes) -> None:
     missing = [name for name in recipes.bundles if name not in have]
     if not missing:
         return
-    from pipelines.engines.cache import EngineCache
+    from pipelines.engines import open_cache
     from pipelines.registry import add
 
-    cache = EngineCache(settings.engine_cache_dir, settings.engine_cache_bytes)
+    cache = open_cache(settings, objects)
     with progress_bar() as bar:
         task = bar.add_task("models", total=2 * len(missing))
         for name in missing:

@@ -127,9 +127,9 @@ def _objects(settings: Settings) -> ObjectStore:
 def _add(folder: Path, objects: ObjectStore, settings: Settings) -> Added:
     from headrace.cli.jobs import progress_bar
     from pipelines import registry
-    from pipelines.engines.cache import EngineCache
+    from pipelines.engines import open_cache
 
-    cache = EngineCache(settings.engine_cache_dir, settings.engine_cache_bytes)
+    cache = open_cache(settings, objects)
     with progress_bar() as bar:
         task = bar.add_task("", total=len(STAGES))
 

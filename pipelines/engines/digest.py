@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from pipelines.engines.manifest import Stamp, read_json, sha256_of, stamp_of, write_json
+from pipelines.engines.manifest import Stamp, read_json, stamp_of, write_json
 from schemas.errors import InvalidModel
 
 if TYPE_CHECKING:
@@ -116,6 +116,11 @@ def _of_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
             yield from (attribute.t, *attribute.tensors)
             for graph in (attribute.g, *attribute.graphs):
                 yield from _of_graph(graph)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stamps(model: Path, names: Iterable[str]) -> dict[str, Stamp] | None:

@@ -17,6 +17,7 @@ from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from schemas.errors import InferenceFailed, Transient
+from schemas.models import Precision, ShapeRange
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -54,24 +55,18 @@ class TensorSpec(Struct, frozen=True):
         )
 
 
-class ShapeRange(Struct, frozen=True):
-    """Shapes of one input that an engine is tuned for, without the batch axis."""
-
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
-
-
 class Profile(Struct, frozen=True):
     """What an engine is compiled for; part of the cache key.
 
     buckets: the batch sizes it will run, ascending. A backend with static plans makes one
     optimisation profile of each; one that takes any shape may ignore them.
     ranges: by input name, where axes beside the batch are dynamic and the backend must know them.
+    precision: of the computing; that of int8 is in the graph already.
     """
 
     buckets: tuple[int, ...]
     ranges: dict[str, ShapeRange] = field(default_factory=dict)
+    precision: Precision = "float32"
 
 
 class Engine(ABC):

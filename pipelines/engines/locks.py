@@ -80,6 +80,7 @@ class Lease:
         return None
 
     def release(self) -> None:
+        """Idempotent."""
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)

@@ -1,20 +1,26 @@
 """Proof that an entry of the engine cache is what was built: one flipped bit answers differently.
 
-`seal` writes a SHA-256 of every file. `fault_of` compares them in full once, notes the files'
-inodes, sizes and times beside them, and accepts the entry by those until one of them changes.
+`manifest.json` names every file with its SHA-256, signed as a whole. It is written last and checked
+first. The files are compared in full once; then their inodes, sizes and times are noted beside
+them, and they are accepted by those until one of them changes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import stat
-from pathlib import Path
+from collections.abc import Iterator
+from io import RawIOBase
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
+
+from pipelines.engines.signing import Keyring, Signature
 
 T = TypeVar("T")
 
@@ -22,22 +28,62 @@ ARTEFACT = "artefact"
 MANIFEST = "manifest.json"
 ACCEPTED = "accepted.json"
 
+MANIFEST_LIMIT_BYTES = 8 * 1024 * 1024
+
+PIECE_BYTES = 8 * 1024 * 1024
+"""Files are hashed, and moved between machines, in pieces of this size."""
+
 Stamp = tuple[int, int, int, int]
 """Inode, size, times of the last change to bytes and to the inode, in ns. The last cannot be set
 by a program, so a file that was overwritten and dated back has another stamp."""
 
 
+class Rejected(Exception):
+    """An entry must not be served; the text says why. An answer, not a failure of the cache."""
+
+
 class FileEntry(Struct, frozen=True):
+    """sha256: of each piece of the file, in order."""
+
     size_bytes: int
-    sha256: str
+    sha256: tuple[str, ...]
+
+
+class BuildNote(Struct, frozen=True):
+    """How an artefact was made, for people. at: seconds since the epoch. log: the builder's, its end
+    if it is long."""
+
+    at: float = 0.0
+    seconds: float = 0.0
+    host: str = ""
+    log: str = ""
 
 
 class Manifest(Struct, frozen=True):
-    """key_parts: what the key is the hash of, for people. files: by path within the entry."""
+    """key_parts: what the key is the hash of. label: which model it was first built for, for people.
+    files: by path within the entry."""
 
     key: str
     key_parts: dict[str, object]
+    label: str
     files: dict[str, FileEntry]
+    build: BuildNote
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files.values())
+
+
+class _Signed(Struct, frozen=True):
+    """What is in the file: the manifest as the very bytes that were signed."""
+
+    signature: Signature
+    manifest: msgspec.Raw
+
+
+def key_of(key_parts: dict[str, object]) -> str:
+    canonical = json.dumps(key_parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -47,52 +93,99 @@ def stamp_of(path: Path) -> Stamp:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path) -> tuple[str, ...]:
+    """Of each piece of the file."""
+    return tuple(hashlib.sha256(piece).hexdigest() for piece in pieces_of(path))
 
 
-def seal(entry: Path, key: str, key_parts: dict[str, object]) -> None:
-    """Make the entry's files durable, then write the manifest: an entry that has one is complete."""
+def pieces_of(path: Path) -> Iterator[memoryview]:
+    """Each is overwritten by the next."""
+    buffer = memoryview(bytearray(min(PIECE_BYTES, path.stat().st_size)))
+    with path.open("rb", buffering=0) as file:
+        while buffer and (length := _fill(file, buffer)):
+            yield buffer[:length]
+
+
+def _fill(file: RawIOBase, buffer: memoryview) -> int:
+    length = 0
+    while more := file.readinto(buffer[length:]):
+        length += more
+    return length
+
+
+def seal(
+    entry: Path, key_parts: dict[str, object], keyring: Keyring, label: str, note: BuildNote
+) -> None:
+    """Sign what was built, and make it durable."""
     paths = _files(entry)
-    for path in paths:
-        _sync(path)
     files = {_name(entry, path): FileEntry(path.stat().st_size, sha256_of(path)) for path in paths}
-    for folder, _, _ in os.walk(entry / ARTEFACT):
-        _sync(Path(folder))
-    write_json(entry / MANIFEST, Manifest(key, key_parts, files))
+    manifest = Manifest(key_of(key_parts), key_parts, label, files, note)
+    content = msgspec.json.encode(manifest)
+    signed = _Signed(keyring.sign(content), msgspec.Raw(content))
+    finish(entry, msgspec.json.encode(signed))
+
+
+def finish(entry: Path, signed: bytes) -> None:
+    """The last step of an entry whose files were compared with this manifest: make them durable.
+
+    The folders need not be: a name that a power cut takes away is found to be missing.
+    """
+    for path in _files(entry):
+        _sync(path)
+    (entry / MANIFEST).write_bytes(signed)
+    _sync(entry / MANIFEST)
     write_json(entry / ACCEPTED, _stamps(entry))
-    _sync(entry)
 
 
-def fault_of(entry: Path, key: str) -> str | None:
-    """Why this entry must not be served, or None if it may be."""
+def open_manifest(signed: bytes, key: str, keyring: Keyring) -> Manifest:
+    """Raises Rejected unless it is signed, undamaged, and the manifest of this key."""
     try:
+        envelope = msgspec.json.decode(signed, type=_Signed)
+        content = bytes(envelope.manifest)
+        if fault := keyring.fault(content, envelope.signature):
+            raise Rejected(f"the manifest is not to be believed: {fault}")
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (UnicodeDecodeError, msgspec.MsgspecError) as error:
+        raise Rejected(f"the manifest is unreadable: {error}") from error
+    if manifest.key != key or key_of(manifest.key_parts) != key:
+        raise Rejected(f"expected the manifest of {key}, found that of {manifest.key}")
+    if strange := [name for name in manifest.files if not _is_inside(name)]:
+        raise Rejected(f"expected files of the artefact, the manifest names {strange}")
+    return manifest
+
+
+def check(entry: Path, key: str, keyring: Keyring, *, full: bool = False) -> Manifest:
+    """The manifest of an entry that may be served. full: compare the files even if they were accepted.
+
+    Raises Rejected.
+    """
+    try:
+        manifest = open_manifest((entry / MANIFEST).read_bytes(), key, keyring)
         stamps = _stamps(entry)
-        if stamps == read_json(entry / ACCEPTED, dict[str, Stamp]):
-            return None
-        manifest = read_json(entry / MANIFEST, Manifest)
-        if manifest is None:
-            return "the manifest is unreadable"
-        if fault := _difference(entry, key, manifest):
-            return fault
+        if not full and stamps == read_json(entry / ACCEPTED, dict[str, Stamp]):
+            return manifest
+        compare(entry, manifest)
     except OSError as error:
-        return f"unreadable: {error}"
+        raise Rejected(f"unreadable: {error}") from error
     with contextlib.suppress(OSError):  # read-only or full: the next process compares again
         write_json(entry / ACCEPTED, stamps)
-    return None
+    return manifest
 
 
-def _difference(entry: Path, key: str, manifest: Manifest) -> str | None:
-    if manifest.key != key:
-        return f"expected the manifest of {key}, found that of {manifest.key}"
+def compare(entry: Path, manifest: Manifest) -> None:
+    """Raises Rejected unless the entry has these files, and OSError."""
     found = {_name(entry, path): path for path in _files(entry)}
     if found.keys() != manifest.files.keys():
-        return f"expected the files {sorted(manifest.files)}, found {sorted(found)}"
+        raise Rejected(f"expected the files {sorted(manifest.files)}, found {sorted(found)}")
     for name, path in found.items():
         if sha256_of(path) != manifest.files[name].sha256:
-            return f"expected the SHA-256 {manifest.files[name].sha256} for {name}, found another"
-    return None
+            raise Rejected(f"expected another SHA-256 for {name}: it is not what was built")
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    inside = len(path.parts) > 1 and path.parts[0] == ARTEFACT and ".." not in path.parts
+    return inside and path.as_posix() == name
 
 
 def _files(entry: Path) -> list[Path]:
@@ -120,16 +213,13 @@ def read_json(path: Path, type_: type[T]) -> T | None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write so that a reader sees all of it or none, durably."""
+    """Write so that a reader sees all of it or none. After a power cut it may be gone or garbage,
+    which `read_json` takes for nothing."""
     partial = path.with_suffix(".partial")
     partial.write_bytes(msgspec.json.encode(content))
-    _sync(partial)
     partial.replace(path)
 
 
 def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -8,20 +8,21 @@ same. What is packed fits one instruction set, hence the fingerprint.
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from pipelines.engines.cpu import cpu_fingerprint, is_out_of_memory
 from pipelines.engines.engine import Array, Arrays, DeviceOutOfMemory, Engine, Profile, TensorSpec
+from pipelines.engines.operators import unsupported_operators
 from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "weights.bin"
+CPU = "CPUExecutionProvider"
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -40,8 +41,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 _FATAL = 4  # errors come as exceptions; the library would print each a second time
-_OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory")
+_OUT_OF_DEVICE_MEMORY = ("out of memory", "ALLOC_FAILED", "smaller than requested bytes")
+_DEVICE_FAILED = ("CUDA failure", "CUDNN failure", "CUBLAS failure")
 _DISK_FULL = ("Failed to write external initializers", "Protobuf serialization failed")
+_UNSUPPORTED = ("is not a registered function/op", "NOT_IMPLEMENTED")
 
 
 class OnnxRuntime:
@@ -50,20 +53,15 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     def __init__(self) -> None:
-        self._ort = _import_quietly()
+        self._ort = import_onnxruntime()
         self.version: str = self._ort.__version__
 
     def fingerprint(self) -> dict[str, object]:
-        return {
-            "build": self._ort.get_build_info(),
-            "os": platform.system(),
-            "architecture": platform.machine(),
-            "instruction_set": _instruction_set(),
-        }
+        return {"build": self._ort.get_build_info(), **cpu_fingerprint()}
 
     def compile(self, model: Path, profile: Profile, into: Path) -> None:
         """Any shape fits what is written, so the profile is not looked at."""
-        options = self._options(threads=1)
+        options = session_options(threads=1)
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.optimized_model_filepath = str(into / MODEL_FILE)
         for key, value in {
@@ -71,32 +69,16 @@ class OnnxRuntime:
             "session.save_external_prepacked_constant_initializers": "1",
         }.items():
             options.add_session_config_entry(key, value)
-        session = self._session(model, options)
+        session = open_session(model, options, [CPU])
         _drop_dangling_inputs(into / MODEL_FILE, {spec.name for spec in session.get_inputs()})
         self.load(into, threads=1).close()
 
     def load(self, artefact: Path, *, threads: int) -> Engine:
-        options = self._options(threads)
+        options = session_options(threads)
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = self._session(artefact / MODEL_FILE, options)
+        session = open_session(artefact / MODEL_FILE, options, [CPU])
         size_bytes = sum(path.stat().st_size for path in artefact.iterdir())
         return OnnxRuntimeEngine(session, size_bytes)
-
-    def _options(self, threads: int) -> Any:
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = self._ort.ExecutionMode.ORT_SEQUENTIAL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return options
-
-    def _session(self, model: Path, options: Any) -> Any:
-        try:
-            return self._ort.InferenceSession(
-                str(model), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise _translated(error, model) from error
 
 
 class OnnxRuntimeEngine(Engine):
@@ -115,7 +97,7 @@ class OnnxRuntimeEngine(Engine):
         try:
             arrays = self._session.run(self._output_names, dict(inputs))
         except Exception as error:
-            if _is_one_of(_OUT_OF_MEMORY, error):
+            if _has_no_room(error):
                 raise DeviceOutOfMemory(_no_room("running a batch", error)) from error
             came = {name: f"{array.dtype}{list(array.shape)}" for name, array in inputs.items()}
             raise InferenceFailed(
@@ -129,7 +111,7 @@ class OnnxRuntimeEngine(Engine):
         self._session = None
 
 
-def _import_quietly() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
     """Import onnxruntime without its telemetry: since 1.29 it uploads by default on every system,
     and only this variable, set before the first import, stops it altogether."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -139,17 +121,32 @@ def _import_quietly() -> ModuleType:
     return onnxruntime  # type: ignore[no-any-return]
 
 
-def _instruction_set() -> list[str]:
-    """What this CPU can do, in the words of its operating system."""
-    if sys.platform == "darwin":
-        names = ("hw.optional", "machdep.cpu.features", "machdep.cpu.leaf7_features")
-        listing = subprocess.run(["sysctl", *names], capture_output=True, text=True, check=False)
-        return sorted(listing.stdout.splitlines())
-    with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-        for line in cpuinfo:
-            if line.startswith(("flags", "Features")):
-                return sorted(line.partition(":")[2].split())
-    return []
+def open_unchanged(model: Path) -> Engine:
+    """An ONNX file on the CPU, in the precision it was exported in. Raises InvalidModel."""
+    session = open_session(model, session_options(threads=1), [CPU])
+    return OnnxRuntimeEngine(session, model.stat().st_size)
+
+
+def session_options(threads: int) -> Any:
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def open_session(model: Path, options: Any, providers: Sequence[object]) -> Any:
+    """providers: in the order of preference, as the library takes them. Raises InvalidModel,
+    DeviceOutOfMemory, PipelineError("device_missing"), and Transient("disk_full") where the options
+    say to write."""
+    try:
+        return import_onnxruntime().InferenceSession(
+            str(model), options, providers=providers, enable_fallback=0
+        )
+    except Exception as error:
+        raise _translated(error, model) from error
 
 
 def _drop_dangling_inputs(model: Path, names: set[str]) -> None:
@@ -180,14 +177,21 @@ def _spec(arg: Any) -> TensorSpec:
 
 
 def _translated(error: Exception, model: Path) -> PipelineError:
-    if _is_one_of(_OUT_OF_MEMORY, error):
+    if _has_no_room(error):
         return DeviceOutOfMemory(_no_room(f"loading {model.name}", error))
-    if _is_one_of(_DISK_FULL, error):
+    if _says(_DEVICE_FAILED, error):
+        return PipelineError(
+            "device_missing",
+            f"Expected a GPU that ONNX Runtime can use, it says: {error}; look after its driver.",
+        )
+    if _says(_DISK_FULL, error):
         return Transient(
             "disk_full",
             f"Expected room on disk for the compiled {model.name}, ONNX Runtime says: {error}; "
             "free some space or give the engine cache another folder.",
         )
+    if _says(_UNSUPPORTED, error):
+        return unsupported_operators(model, "ONNX Runtime", str(error))
     return InvalidModel(
         "unusable_onnx",
         f"Expected an ONNX model that ONNX Runtime can load, for {model.name} it says: {error}; "
@@ -195,8 +199,12 @@ def _translated(error: Exception, model: Path) -> PipelineError:
     )
 
 
-def _is_one_of(phrases: tuple[str, ...], error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)
+def _has_no_room(error: Exception) -> bool:
+    return is_out_of_memory(error) or _says(_OUT_OF_DEVICE_MEMORY, error)
+
+
+def _says(phrases: tuple[str, ...], error: Exception) -> bool:
+    return any(phrase in str(error) for phrase in phrases)
 
 
 def _no_room(doing: str, error: Exception) -> str:

@@ -22,7 +22,7 @@ from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import mailbox, make_app
 from pipelines.bundle import Bundle
-from pipelines.engines.cache import EngineCache
+from pipelines.engines import open_cache
 from pipelines.load import load_model
 from pipelines.model import LoadedModel
 from schemas.errors import InvalidJob, PipelineError, Transient
@@ -58,7 +58,7 @@ class Worker:
         self.fleet = Fleet(connect_redis(settings))
         self.objects = connect_objects(settings)
         self.catalogue = Catalogue(self.objects)
-        self.cache = EngineCache(settings.engine_cache_dir, settings.engine_cache_bytes)
+        self.cache = open_cache(settings, self.objects)
         executors = options.executors or available_cpus()
         self.hand = Hand(options.name, options.slots)
         self.residency = Residency(self.load, options.memory_bytes)

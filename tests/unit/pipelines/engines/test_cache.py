@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from infra.logs import get_logger
 from pipelines.engines import manifest
-from pipelines.engines.cache import Artefact, EngineCache, key_of
+from pipelines.engines.cache import Artefact, EngineCache
+from pipelines.engines.manifest import key_of
+from pipelines.engines.signing import Keyring
 from schemas.errors import InvalidModel, Transient
 
 PARTS: dict[str, object] = {"model": "abc", "version": 1}
@@ -124,7 +127,7 @@ def test_a_damaged_entry_is_rebuilt_and_never_served(
 
     assert build.calls == 2, f"accepted as {before}"
     assert is_served(artefact)
-    assert manifest.fault_of(entry_of(cache), key_of(PARTS)) is None
+    manifest.check(entry_of(cache), key_of(PARTS), Keyring(), full=True)
     assert left_in_building(cache) == []
 
 
@@ -178,6 +181,31 @@ def test_threads_racing_for_one_key_build_it_once(cache: EngineCache) -> None:
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(ask, range(4))) == [True] * 4
     assert build.calls == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux to name open files")
+def test_all_files_are_on_disk_before_the_entry_is_in_its_place(
+    cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else after a power cut the note of acceptance could vouch for what is not there."""
+    synced: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        fsync(fd)
+
+    def see(folder: Path, target: Path) -> Path:
+        files = [path.name for path in folder.rglob("*") if path.is_file()]
+        assert sorted(files) == sorted([*synced, "accepted.json"])
+        assert synced[-1] == "manifest.json"
+        synced.append("in place")
+        return rename(folder, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Path, "rename", see)
+    cache.get_or_build(PARTS, Builder())
+    assert synced[-1] == "in place"
 
 
 QUIETLY = """
@@ -256,7 +284,8 @@ def test_a_killed_builder_leaves_no_entry_and_the_next_build_cleans_up(
 KILLED_AT_EACH_STEP = """if True:
     import itertools, os, pathlib, signal, sys
     from pipelines.engines import manifest
-    from pipelines.engines.cache import EngineCache, key_of
+    from pipelines.engines.cache import EngineCache
+    from pipelines.engines.signing import Keyring
     root, parts = pathlib.Path(sys.argv[1]), {"model": "abc", "version": 1}
     STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.utime", "os.listdir",
              "os.scandir", "fcntl.flock"}
@@ -278,10 +307,11 @@ KILLED_AT_EACH_STEP = """if True:
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0
             break
-        key = key_of(parts)
+        key = manifest.key_of(parts)
         entry = cache.root / "objects" / key[:2] / key
         states.add(entry.exists())
-        assert not entry.exists() or manifest.fault_of(entry, key) is None, last_step
+        if entry.exists():
+            manifest.check(entry, key, Keyring(), full=True)
         artefact = cache.get_or_build(parts, build)
         assert (artefact.path / "engine.bin").stat().st_size == 8000, last_step
         artefact.release()
@@ -345,6 +375,86 @@ def test_a_failed_build_is_remembered_for_a_while(tmp_path: Path) -> None:
     clock.now_s += 61
     assert is_served(cache.get_or_build(PARTS, Builder()))
     assert left_in_building(cache) == []
+
+
+def test_a_clock_that_went_back_forgets_failures_and_serves_what_is_there(tmp_path: Path) -> None:
+    clock = Clock()
+    cache = EngineCache(tmp_path, max_bytes=1 << 30, failure_memory_s=60, clock=clock)
+
+    def fail(into: Path) -> None:
+        raise InvalidModel("unusable_onnx", "no")
+
+    with pytest.raises(InvalidModel):
+        cache.get_or_build({"model": "other"}, fail)
+    cache.get_or_build(PARTS, Builder()).release()
+    os.utime(entry_of(cache), (clock.now_s + 1e6,) * 2)
+    clock.now_s -= 86400
+    assert is_served(cache.get_or_build({"model": "other"}, Builder()))
+    assert is_served(cache.get_or_build(PARTS, fail))
+
+
+def test_the_builders_log_is_kept_with_the_engine_and_with_a_failure(
+    cache: EngineCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "headrace.engines")
+    logger = get_logger("engines.vendor")
+
+    def in_a_thread_of_the_vendor(into: Path) -> None:
+        thread = threading.Thread(target=lambda: logger.info("layer_fused", layer="conv1"))
+        thread.start()
+        thread.join()
+
+    def fail(into: Path) -> None:
+        logger.error("unsupported", node="Foo_17")
+        raise InvalidModel("unusable_onnx", "no")
+
+    logger.info("before")
+    artefact = cache.get_or_build(PARTS, in_a_thread_of_the_vendor)
+    with pytest.raises(InvalidModel):
+        cache.get_or_build({"model": "other"}, fail)
+    logger.info("after")
+
+    log = manifest.check(artefact.path.parent, key_of(PARTS), Keyring()).build.log
+    assert "layer='conv1'" in log
+    assert "before" not in log
+    [(key, failure)] = cache.disk.failures()
+    assert key == key_of({"model": "other"})
+    assert "node='Foo_17'" in failure.log
+    assert "after" not in failure.log
+
+
+def test_with_keys_what_was_built_without_is_built_anew(cache: EngineCache) -> None:
+    cache.get_or_build(PARTS, Builder(b"unsigned")).release()
+    signing = EngineCache(cache.root, 1 << 30, keyring=Keyring({"k1": b"s" * 32}))
+    assert is_served(signing.get_or_build(PARTS, Builder()))
+    assert is_served(signing.get_or_build(PARTS, Builder(b"other")))
+
+
+def test_who_may_not_build_gets_what_is_there(cache: EngineCache) -> None:
+    with pytest.raises(Transient, match="headrace engines build") as refused:
+        cache.get_or_build(PARTS, Builder(), may_build=False)
+    assert refused.value.code == "engine_not_built"
+    cache.get_or_build(PARTS, Builder()).release()
+    assert is_served(cache.get_or_build(PARTS, Builder(), may_build=False))
+
+
+def test_a_trace_says_where_an_artefact_came_from(cache: EngineCache) -> None:
+    first, second = (cache.get_or_build(PARTS, Builder()).trace for _ in range(2))
+    assert (first.origin, first.key) == ("built", key_of(PARTS))
+    assert first.build_s > 0
+    assert (second.origin, second.build_s) == ("local", 0)
+
+
+def test_bit_rot_that_no_stamp_shows_is_found_by_verify(cache: EngineCache) -> None:
+    cache.get_or_build(PARTS, Builder()).release()
+    entry, key = entry_of(cache), key_of(PARTS)
+    assert cache.disk.verify(key, wait_s=0) is None
+    flip_a_bit(entry / "artefact" / "engine.bin")
+    manifest.write_json(entry / "accepted.json", manifest._stamps(entry))
+    assert not is_served(cache.get_or_build(PARTS, Builder())), "or this test shows nothing"
+
+    assert "engine.bin" in (cache.disk.verify(key, wait_s=0) or "")
+    assert is_served(cache.get_or_build(PARTS, Builder()))
 
 
 def test_old_failures_are_forgotten_by_the_next_build(tmp_path: Path) -> None:
@@ -420,6 +530,19 @@ def test_the_least_recently_used_entry_leaves_first(small_cache: EngineCache) ->
     small_cache.get_or_build(parts("c"), Builder()).release()
     assert kept(small_cache, "a", "b", "c") == ["a", "c"]
     assert left_in_building(small_cache) == []
+
+
+def test_pruning_by_hand_shows_what_would_go(small_cache: EngineCache) -> None:
+    for number, name in enumerate(("a", "b")):
+        small_cache.get_or_build(parts(name), Builder()).release()
+        last_used_at(small_cache, name, 1_000_000 + number)
+    held = small_cache.get_or_build(parts("a"), Builder())
+    last_used_at(small_cache, "a", 1_000_000)
+    [shown] = small_cache.prune(0, dry_run=True)
+    assert kept(small_cache, "a", "b") == ["a", "b"]
+    assert small_cache.prune(0) == [shown]
+    assert kept(small_cache, "a", "b") == ["a"]
+    held.release()
 
 
 def test_a_leased_entry_is_spared_until_it_is_released(small_cache: EngineCache) -> None:

@@ -1,10 +1,11 @@
+"""What is ONNX Runtime's own; what every backend must do is in tests/contract/test_engines.py."""
+
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipelines.engines.engine import DeviceOutOfMemory, Profile
 from pipelines.engines.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
-from schemas.errors import InferenceFailed, InvalidModel
+from schemas.errors import InvalidModel
 
 MakeModel = Callable[..., Path]
 PROFILE = Profile(buckets=(1, 8))
@@ -123,53 +124,6 @@ def test_a_model_that_lists_its_weights_as_inputs_asks_for_none_of_them(
     assert engine.run({"x": np.ones((2, 4), np.float32)})["y"].shape == (2, 4)
 
 
-def test_several_threads_run_one_engine_at_once(
-    backend: OnnxRuntime, classifier: MakeModel, artefact: Path
-) -> None:
-    backend.compile(classifier(), PROFILE, artefact)
-    engine = backend.load(artefact, threads=1)
-    random = np.random.default_rng(3)
-    batches = [random.standard_normal((1 + n % 8, 64), dtype=np.float32) for n in range(200)]
-    alone = [engine.run({"x": batch})["y"] for batch in batches]
-    with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda batch: engine.run({"x": batch})["y"], batches))
-    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
-
-
-def test_outputs_belong_to_the_caller(
-    backend: OnnxRuntime, classifier: MakeModel, artefact: Path, batch: np.ndarray
-) -> None:
-    backend.compile(classifier(), PROFILE, artefact)
-    engine = backend.load(artefact, threads=1)
-    first = engine.run({"x": batch})["y"]
-    kept = first.copy()
-    second = engine.run({"x": -batch})["y"]
-    engine.close()
-    assert np.array_equal(first, kept), "a later run and the end of the engine leave it alone"
-    first[:] = 0
-    assert second.any()
-
-
-@pytest.mark.parametrize("content", [b"", b"no protobuf at all", b"\x08\x09"])
-def test_what_is_no_model_is_an_invalid_model(
-    backend: OnnxRuntime, tmp_path: Path, artefact: Path, content: bytes
-) -> None:
-    model = tmp_path / "broken.onnx"
-    model.write_bytes(content)
-    with pytest.raises(InvalidModel, match=r"broken\.onnx") as refused:
-        backend.compile(model, PROFILE, artefact)
-    assert refused.value.code == "unusable_onnx"
-
-
-def test_a_damaged_artefact_is_an_invalid_model(
-    backend: OnnxRuntime, classifier: MakeModel, artefact: Path
-) -> None:
-    backend.compile(classifier(), PROFILE, artefact)
-    os.truncate(artefact / "weights.bin", 100)
-    with pytest.raises(InvalidModel):
-        backend.load(artefact, threads=1)
-
-
 def test_outputs_that_are_no_tensors_are_refused_when_compiled(
     backend: OnnxRuntime, save_graph: MakeModel, artefact: Path
 ) -> None:
@@ -178,39 +132,6 @@ def test_outputs_that_are_no_tensors_are_refused_when_compiled(
     graph = helper.make_graph([helper.make_node("SequenceConstruct", ["x"], ["y"])], "g", [x], [y])
     with pytest.raises(InvalidModel, match=r"'y' is seq\(tensor\(float\)\)"):
         backend.compile(save_graph("sequence.onnx", graph), PROFILE, artefact)
-
-
-def make_shape_engine(backend: OnnxRuntime, save_graph: MakeModel, artefact: Path, op: str):
-    """`op(data, shape)`: what it takes and makes is only known when it runs."""
-    inputs = [helper.make_tensor_value_info("shape", TensorProto.INT64, ["rank"])]
-    arguments = ["shape"]
-    if op == "Reshape":
-        inputs.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N"]))
-        arguments = ["x", "shape"]
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    graph = helper.make_graph([helper.make_node(op, arguments, ["y"])], "g", inputs, [y])
-    backend.compile(save_graph("model.onnx", graph), PROFILE, artefact)
-    return backend.load(artefact, threads=1)
-
-
-def test_a_run_that_the_model_cannot_do_fails_for_good(
-    backend: OnnxRuntime, save_graph: MakeModel, artefact: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    engine = make_shape_engine(backend, save_graph, artefact, "Reshape")
-    with pytest.raises(InferenceFailed, match=r"x': 'float32\[5\]'") as failed:
-        engine.run({"x": np.ones(5, np.float32), "shape": np.array([2, 2])})
-    assert failed.value.code == "engine_failed"
-    assert capfd.readouterr() == ("", ""), "the vendor's library prints nothing of its own"
-    assert engine.run({"x": np.ones(4, np.float32), "shape": np.array([2, 2])})["y"].shape == (2, 2)
-
-
-def test_a_run_without_enough_memory_may_be_retried(
-    backend: OnnxRuntime, save_graph: MakeModel, artefact: Path
-) -> None:
-    engine = make_shape_engine(backend, save_graph, artefact, "ConstantOfShape")
-    with pytest.raises(DeviceOutOfMemory, match="Expected enough memory for running a batch"):
-        engine.run({"shape": np.array([1 << 45])})
-    assert engine.run({"shape": np.array([3])})["y"].shape == (3,)
 
 
 class FailingSession:

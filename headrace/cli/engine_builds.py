@@ -1,0 +1,132 @@
+"""What `headrace engines build` and `prewarm` do: see that models' engines are in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from headrace.cli.jobs import progress_bar
+from infra.catalogue import Catalogue
+from pipelines.bundle import Bundle
+from pipelines.engines import EngineCache, build_engine
+from pipelines.engines.build_log import shown
+from pipelines.engines.reach import StoreUnavailable
+from schemas.errors import InvalidJob, PipelineError
+from schemas.models import EngineConfig
+
+
+class Wanted(NamedTuple):
+    """One engine of a bundle. label: for people."""
+
+    bundle: Bundle
+    config: EngineConfig
+    label: str
+
+
+class Built(Struct, frozen=True, kw_only=True):
+    """What became of one engine. origin: local, store or built. shared: it was copied to the object
+    store now. error: why there is none."""
+
+    engine: str
+    key: str = ""
+    origin: str = ""
+    shared: bool = False
+    wait_s: float = 0.0
+    fetch_s: float = 0.0
+    build_s: float = 0.0
+    publish_s: float = 0.0
+    store_fault: str | None = None
+    error: str | None = None
+
+
+def wanted(models: Iterable[str], catalogue: Catalogue, backend: str | None) -> list[Wanted]:
+    """The engines of models that are named by a folder, or as `name` or `name/version` in the catalogue.
+    backend: instead of the one that model.yaml says. Raises InvalidJob, InvalidModel and Transient."""
+    found = []
+    for model in models:
+        bundle = _bundle(model, catalogue)
+        name = f"{bundle.config.name}/{bundle.config.version}"
+        for role, config in bundle.config.engines.items():
+            chosen = replace(config, backend=backend) if backend else config
+            found.append(Wanted(bundle, chosen, f"{name} {role}"))
+    return found
+
+
+def build_all(
+    engines: list[Wanted], cache: EngineCache, *, target: str | None = None, force: bool = False
+) -> Iterator[Built]:
+    """One after the other, with a bar and the builders' log on stderr. An engine that cannot be built
+    does not keep the others from it."""
+    with (
+        progress_bar() as bar,
+        shown(lambda line: bar.console.print(line, markup=False, style="dim")),
+    ):
+        task = bar.add_task("", total=len(engines))
+        for engine in engines:
+            bar.update(task, description=f"{engine.label}: build")
+            on_wait = _waiting(lambda text: bar.update(task, description=text), engine.label)
+            yield _build(engine, cache, target, force, on_wait)
+            bar.advance(task)
+
+
+def _build(
+    engine: Wanted,
+    cache: EngineCache,
+    target: str | None,
+    force: bool,
+    on_wait: Callable[[], None],
+) -> Built:
+    bundle = engine.bundle
+    try:
+        artefact = build_engine(
+            bundle.path(engine.config.file),
+            engine.config,
+            bundle.config.batch.buckets,
+            cache=cache,
+            target=target,
+            label=engine.label,
+            force=force,
+            on_wait=on_wait,
+        )
+    except PipelineError as error:
+        return Built(engine=engine.label, error=f"{error.code}: {error.message}")
+    artefact.release()
+    trace = artefact.trace
+    shared, fault = trace.origin == "built" and cache.store is not None, trace.store_fault
+    if trace.origin == "local":
+        try:
+            shared = cache.share(trace.key)
+        except StoreUnavailable as error:
+            fault = str(error)
+    return Built(
+        engine=engine.label,
+        key=trace.key,
+        origin=trace.origin,
+        shared=shared and fault is None,
+        wait_s=trace.wait_s,
+        fetch_s=trace.fetch_s,
+        build_s=trace.build_s,
+        publish_s=trace.publish_s,
+        store_fault=fault,
+    )
+
+
+def _waiting(describe: Callable[[str], None], label: str) -> Callable[[], None]:
+    return lambda: describe(f"{label}: wait for somebody else who is building it")
+
+
+def _bundle(model: str, catalogue: Catalogue) -> Bundle:
+    if Path(model).is_dir():
+        return Bundle.open(Path(model))
+    name, _, version = model.partition("/")
+    if version and not version.isdigit():
+        raise InvalidJob(
+            "model_unknown",
+            f"Expected a folder with a model.yaml, or a model as NAME or NAME/VERSION, got {model!r}.",
+        )
+    card = catalogue.resolve(name, int(version) if version else None)
+    return Bundle.open(catalogue.folder(card), check_graphs=False)

@@ -1,0 +1,106 @@
+"""The vendor's library: TensorRT or TensorRT-RTX, whose names are the same, and what it says.
+
+Its calls answer None or False, and the reason goes to a logger.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from infra.logs import get_logger
+from pipelines.engines.engine import DeviceOutOfMemory
+from schemas.errors import PipelineError
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+OLDEST = (10, 16)
+"""Of the classic library."""
+
+_OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "bad_alloc")
+
+_log = get_logger("engines.tensorrt")
+_listeners: list[list[str]] = []
+
+
+class Library(NamedTuple):
+    """trt: the module. logger: the one of the process, a second would be ignored. is_rtx: TensorRT-RTX
+    chooses kernels for any number of GPUs when it builds, and compiles them for this one when it loads."""
+
+    trt: Any
+    logger: Any
+    is_rtx: bool
+
+
+@functools.cache
+def import_library(name: str) -> Library:
+    """name: of the backend. Raises PipelineError("backend_missing")."""
+    try:
+        trt = importlib.import_module(MODULES[name])
+    except (ImportError, OSError) as error:
+        raise PipelineError(
+            "backend_missing",
+            f"Expected the library of the backend {name}, got: {error}; "
+            f"install 'headrace[{name}]'.",
+        ) from error
+    is_rtx = name == "tensorrt-rtx"
+    if not is_rtx and tuple(map(int, trt.__version__.split(".")[:2])) < OLDEST:
+        raise PipelineError(
+            "backend_missing",
+            f"Expected TensorRT {OLDEST[0]}.{OLDEST[1]} or newer, came {trt.__version__}; "
+            f"install 'headrace[{name}]'.",
+        )
+    return Library(trt, _logger(trt), is_rtx)
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            _hear(severity.name, message)
+
+    return Logger()
+
+
+def _hear(severity: str, message: str) -> None:
+    match severity:
+        case "ERROR" | "INTERNAL_ERROR":
+            _log.error("tensorrt_says", message=message)
+            for listener in list(_listeners):
+                listener.append(message)
+        case "WARNING":
+            _log.warning("tensorrt_says", message=message)
+        case _:
+            _log.debug("tensorrt_says", severity=severity, message=message)
+
+
+@contextmanager
+def errors() -> Iterator[list[str]]:
+    """Gives the errors logged since the block began, whatever thread logs: builders have threads of
+    their own. Of two blocks at once each may get the other's too."""
+    said: list[str] = []
+    _listeners.append(said)
+    try:
+        yield said
+    finally:
+        _listeners[:] = [listener for listener in _listeners if listener is not said]
+
+
+def checked(answer: Any, doing: str, said: list[str], error: type[PipelineError], code: str) -> Any:
+    """The answer of a call; if it is None or False, the call failed.
+
+    Raises DeviceOutOfMemory if that is why, else `error`.
+    """
+    if answer is not None and answer is not False:
+        return answer
+    reason = "; ".join(dict.fromkeys(said)) or "nothing about it"
+    if any(phrase in reason.lower() for phrase in _OUT_OF_MEMORY):
+        raise DeviceOutOfMemory(
+            f"Expected enough memory on the GPU for {doing}, TensorRT says: {reason}; "
+            "use smaller buckets, fewer slots or a larger GPU."
+        )
+    raise error(code, f"Expected {doing} to succeed, TensorRT says: {reason}.")

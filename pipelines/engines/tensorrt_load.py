@@ -1,0 +1,130 @@
+"""From a plan to an engine that runs: deserialised, with its slots, contexts and CUDA graphs made."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipelines.engines.cuda import Cuda
+from pipelines.engines.tensorrt_caches import MachineCache
+from pipelines.engines.tensorrt_context import BucketContext
+from pipelines.engines.tensorrt_engine import Loaded, TensorRTEngine
+from pipelines.engines.tensorrt_library import Library, checked, errors
+from pipelines.engines.tensorrt_tensors import Bucket, Tensors, tensors_of
+from pipelines.engines.tensorrt_validity import validity_of
+from schemas.errors import InvalidModel
+
+_SAMPLE_BYTES = 64 * 1024
+
+
+def load_plan(
+    library: Library,
+    cuda: Cuda,
+    path: Path,
+    *,
+    slots: int,
+    machine_cache: Path | None,
+    host_code: bool,
+) -> TensorRTEngine:
+    """host_code: whether the plan may hold code for this machine's CPU, as plans do that newer versions
+    can load. Raises InvalidModel or DeviceOutOfMemory."""
+    with cuda.active():
+        runtime = library.trt.Runtime(library.logger)
+        runtime.engine_host_code_allowed = host_code
+        engine = _deserialized(library, runtime, path)
+        kernels = _Kernels(library, cuda, engine, path, machine_cache)
+        tensors = tensors_of(library.trt, engine)
+        scratch_bytes = max(
+            engine.get_device_memory_size_for_profile_v2(bucket.profile)
+            for bucket in tensors.buckets
+        )
+        loaded = Loaded(
+            runtime,
+            engine,
+            tensors,
+            scratch_bytes,
+            _contexts(library, cuda, engine, tensors, scratch_bytes, kernels),
+        )
+        made = TensorRTEngine(cuda, loaded, slots, weights_bytes=path.stat().st_size)
+        kernels.keep()
+    return made
+
+
+def _deserialized(library: Library, runtime: Any, path: Path) -> Any:
+    doing = f"loading {path.name} into {library.trt.__name__} {library.trt.__version__}"
+    with path.open("rb") as file, errors() as said:
+        try:
+            plan = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:  # an empty file
+            raise InvalidModel(
+                "engine_unusable", f"Expected {doing} to succeed: {error}."
+            ) from error
+        with plan:
+            validity_of(library, runtime, plan).refuse_bad(path.name)
+            engine = runtime.deserialize_cuda_engine(plan)
+        return checked(engine, doing, said, InvalidModel, "engine_unusable")
+
+
+def _contexts(
+    library: Library,
+    cuda: Cuda,
+    engine: Any,
+    tensors: Tensors,
+    scratch_bytes: int,
+    kernels: _Kernels,
+) -> Callable[[Bucket, int, int], BucketContext]:
+    """Makes a context for a bucket, on a stream, with scratch memory at an address."""
+    trt = library.trt
+
+    def new_context(bucket: Bucket, stream: int, scratch: int) -> BucketContext:
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        kernels.use(config, bucket)
+        with errors() as said:
+            context = engine.create_execution_context(config)
+            checked(context, "making a context", said, InvalidModel, "engine_unusable")
+        context.set_device_memory(scratch, scratch_bytes)
+        return BucketContext(library, cuda, context, tensors, bucket, stream)
+
+    return new_context
+
+
+class _Kernels:
+    """TensorRT-RTX compiles kernels for this GPU while it makes contexts; what it compiled once is kept
+    for the next start. TensorRT has no use for it."""
+
+    def __init__(
+        self, library: Library, cuda: Cuda, engine: Any, path: Path, folder: Path | None
+    ) -> None:
+        self._trt = library.trt
+        self._is_rtx = library.is_rtx
+        self._kept: MachineCache | None = None
+        self._compiled: Any = None
+        if not library.is_rtx or folder is None:
+            return
+        with path.open("rb") as file:  # which engine, as a hint: the library looks for itself
+            begins = file.read(_SAMPLE_BYTES), path.stat().st_size
+        self._kept = MachineCache(folder, "kernels", library.trt.__version__, cuda.device(), begins)
+        self._compiled = engine.create_runtime_config().create_runtime_cache()
+        if known := self._kept.read():
+            self._compiled.deserialize(known)  # what it refuses is compiled again
+
+    def use(self, config: Any, bucket: Bucket) -> None:
+        if not self._is_rtx:
+            return
+        # A captured graph keeps its kernels for good, so they must be the final ones. Where shapes
+        # change, waiting for kernels of each would take longer than running the general ones.
+        strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            strategies.EAGER if bucket.fixed else strategies.LAZY
+        )
+        if self._compiled is not None:
+            config.set_runtime_cache(self._compiled)
+
+    def keep(self) -> None:
+        if self._kept and self._compiled is not None:
+            self._kept.write(bytes(self._compiled.serialize()))

@@ -1,0 +1,313 @@
+"""TensorRT on a GPU: its answers against ONNX Runtime and torch, its slots, graphs and limits."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from examples.models import efficientnet, minilm, whisper
+from pipelines.engines.cuda import open_cuda
+from pipelines.engines.engine import DeviceOutOfMemory, Engine, Profile
+from pipelines.engines.onnxruntime import OnnxRuntime
+from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
+from schemas.errors import InvalidModel, PipelineError
+from schemas.models import ShapeRange
+
+BUCKETS = (1, 2, 4, 8)
+LARGE = 1 << 17
+"""Rows whose inputs take 32 MiB."""
+FLOAT32 = {"rtol": 1e-3, "atol": 1e-4}
+"""Sums of float32 in another order; without TF32, which would be ten times off."""
+
+Arrays = dict[str, np.ndarray]
+
+
+def reference(model: Path, folder: Path, inputs: Arrays) -> Arrays:
+    folder.mkdir()
+    backend = OnnxRuntime()
+    backend.compile(model, Profile(BUCKETS), folder)
+    engine = backend.load(folder, threads=2)
+    answer = engine.run(inputs)
+    engine.close()
+    return answer
+
+
+def expect_agreement(came: Arrays, expected: Arrays, **tolerance: float) -> None:
+    assert came.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(came[name], array, **(tolerance or FLOAT32), err_msg=name)
+
+
+def save(folder: Path, graph: onnx.GraphProto) -> Path:
+    opset = helper.make_opsetid("", 19)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    """x float32[N, 64] to y float32[N, 48]; its weights are in `weights`."""
+    first, second = weights()
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "w2"], ["y"]),
+    ]
+    ends = [("x", 64), ("y", 48)]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", size]) for n, size in ends)
+    initial = [numpy_helper.from_array(first, "w1"), numpy_helper.from_array(second, "w2")]
+    return save(tmp_path, helper.make_graph(nodes, "classifier", [x], [y], initial))
+
+
+def weights() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return (
+        random.standard_normal((64, 128), dtype=np.float32),
+        random.standard_normal((128, 48), dtype=np.float32),
+    )
+
+
+def rows(count: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 64), dtype=np.float32)
+
+
+@pytest.fixture
+def engine(backend: TensorRT, classifier: Path, artefact: Path) -> Engine:
+    backend.compile(classifier, Profile(BUCKETS), artefact)
+    return backend.load(artefact, threads=1)
+
+
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
+def test_batches_of_any_size_agree_with_onnx_runtime(
+    engine: Engine, classifier: Path, tmp_path: Path, count: int
+) -> None:
+    inputs = {"x": rows(count)}
+    expect_agreement(engine.run(inputs), reference(classifier, tmp_path / "ort", inputs))
+
+
+def test_answers_agree_with_torch(engine: Engine) -> None:
+    torch = pytest.importorskip("torch")
+    x, (first, second) = rows(8), map(torch.from_numpy, weights())
+    expected = torch.relu(torch.from_numpy(x) @ first) @ second
+    expect_agreement(engine.run({"x": x}), {"y": expected.numpy()})
+
+
+def test_torch_and_the_engine_share_the_device_and_its_context(engine: Engine) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA here")
+    first = torch.from_numpy(weights()[0]).cuda()
+    for seed in range(20):
+        x = rows(8, seed)
+        before = (torch.from_numpy(x).cuda() @ first).sum().item()
+        y = engine.run({"x": x})["y"]
+        assert np.array_equal(engine.run({"x": x})["y"], y)
+        assert (torch.from_numpy(x).cuda() @ first).sum().item() == before
+
+
+def test_photographs(backend: TensorRT, artefact: Path, tmp_path: Path) -> None:
+    efficientnet.build(tmp_path / "bundle")
+    model = tmp_path / "bundle" / "model.onnx"
+    backend.compile(model, Profile(BUCKETS), artefact)
+    images = np.random.default_rng(2).standard_normal((5, 3, 224, 224), dtype=np.float32)
+    came = backend.load(artefact, threads=1).run({"images": images})
+    expect_agreement(came, reference(model, tmp_path / "ort", {"images": images}))
+
+
+def test_sentences_of_any_length(backend: TensorRT, artefact: Path, tmp_path: Path) -> None:
+    minilm.build_embedder(tmp_path / "bundle")
+    model = tmp_path / "bundle" / "model.onnx"
+    tokens = ShapeRange((1,), (64,), (256,))
+    ranges = {"input_ids": tokens, "attention_mask": tokens}
+    backend.compile(model, Profile(BUCKETS, ranges), artefact)
+    engine = backend.load(artefact, threads=1)
+    for number, (count, length) in enumerate([(1, 1), (3, 17), (8, 256), (11, 5)]):
+        ids = np.random.default_rng(number).integers(1000, 20_000, (count, length))
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        expected = reference(model, tmp_path / f"ort{number}", inputs)
+        expect_agreement(engine.run(inputs), expected)
+
+
+def test_speech_from_nothing_said_on(backend: TensorRT, tmp_path: Path) -> None:
+    whisper.build(tmp_path / "bundle")
+    engines = {}
+    past = ShapeRange((8, 6, 0, 64), (8, 6, 64, 64), (8, 6, 225, 64))
+    for role, ranges in [("encoder", {}), ("decoder", {"past_kv": past})]:
+        folder = tmp_path / role
+        folder.mkdir()
+        model = tmp_path / "bundle" / f"{role}.onnx"
+        backend.compile(model, Profile((1, 2), ranges), folder)
+        engines[role] = backend.load(folder, threads=1), model
+    waveform = np.random.default_rng(3).standard_normal((2, 480_000), dtype=np.float32) * 0.1
+    encoder, model = engines["encoder"]
+    heard = encoder.run({"waveform": waveform})
+    loose = {"rtol": 1e-2, "atol": 1e-3}
+    expect_agreement(heard, reference(model, tmp_path / "e", {"waveform": waveform}), **loose)
+    decoder, model = engines["decoder"]
+    said = np.zeros((2, 8, 6, 0, 64), np.float32)
+    for number in range(3):
+        inputs = {**heard, "token": np.full((2, 1), 50257), "past_kv": said}
+        came = decoder.run(inputs)
+        expect_agreement(came, reference(model, tmp_path / f"d{number}", inputs), **loose)
+        said = came["present_kv"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(TensorProto.FLOAT16, 2e-2), (TensorProto.BFLOAT16, 1e-1)],
+    ids=["fp16", "bf16"],
+)
+def test_a_graph_that_was_cast_is_as_exact_as_its_type(
+    backend: TensorRT, artefact: Path, tmp_path: Path, dtype: int, tolerance: float
+) -> None:
+    first, _ = weights()
+    nodes = [
+        helper.make_node("Cast", ["x"], ["xc"], to=dtype),
+        helper.make_node("Cast", ["w"], ["wc"], to=dtype),
+        helper.make_node("MatMul", ["xc", "wc"], ["yc"]),
+        helper.make_node("Cast", ["yc"], ["y"], to=TensorProto.FLOAT),
+    ]
+    ends = [("x", 64), ("y", 128)]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", size]) for n, size in ends)
+    graph = helper.make_graph(nodes, "cast", [x], [y], [numpy_helper.from_array(first, "w")])
+    backend.compile(save(tmp_path, graph), Profile(BUCKETS), artefact)
+    given = rows(8)
+    came = backend.load(artefact, threads=1).run({"x": given})
+    expect_agreement(came, {"y": given @ first}, rtol=tolerance, atol=8 * tolerance)
+
+
+# ── slots, graphs, memory ───────────────────────────────────────────────────────────────────────
+
+
+def test_many_threads_share_the_slots(engine: Engine) -> None:
+    batches = [rows(1 + seed % 13, seed) for seed in range(400)]
+    alone = [engine.run({"x": x})["y"] for x in batches]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda x: engine.run({"x": x})["y"], batches))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_graph_answers_what_the_plain_run_answers(
+    backend: TensorRT, classifier: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.compile(classifier, Profile(BUCKETS), artefact)
+    with monkeypatch.context() as patched:
+        context = "pipelines.engines.tensorrt_context.BucketContext._captured"
+        patched.setattr(context, lambda self: None)
+        plain = backend.load(artefact, threads=1)
+    graphs = backend.load(artefact, threads=1)
+    for slot in graphs._slots:  # type: ignore[attr-defined]
+        assert all(made._graph for made in slot._contexts.values())
+    for count in (1, 3, 8):
+        x = {"x": rows(count)}
+        assert np.array_equal(graphs.run(x)["y"], plain.run(x)["y"])
+
+
+def test_closing_gives_the_memory_back(backend: TensorRT, classifier: Path, artefact: Path) -> None:
+    backend.compile(classifier, Profile((1, LARGE)), artefact)
+
+    def load_and_close() -> int:
+        engine = backend.load(artefact, threads=1)
+        engine.run({"x": rows(LARGE + 1)})
+        engine.close()
+        return free_bytes()
+
+    before = load_and_close()
+    for _ in range(20):
+        after = load_and_close()
+    assert before - after < LARGE * 64 * 4, "less than one input of one slot"
+
+
+def test_a_device_without_room_is_a_retryable_error(
+    backend: TensorRT, classifier: Path, artefact: Path
+) -> None:
+    backend.compile(classifier, Profile((LARGE,)), artefact)
+    cuda = open_cuda()
+    taken = []
+    size = 1 << 36
+    with cuda.active():
+        while size >= 1 << 20:
+            try:
+                taken.append(cuda.allocate(size))
+            except DeviceOutOfMemory:
+                size //= 2
+    with pytest.raises(DeviceOutOfMemory):
+        backend.load(artefact, threads=1)
+    with cuda.active():
+        for pointer in taken:
+            cuda.free(pointer)
+    engine = backend.load(artefact, threads=1)
+    assert engine.run({"x": rows(3)})["y"].shape == (3, 48)
+
+
+def free_bytes() -> int:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with open_cuda().active():
+        driver = ctypes.CDLL("libcuda.so.1")
+        assert driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+    return free.value
+
+
+# ── plans ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_plan_for_another_gpu_is_refused(
+    backend: TensorRT, classifier: Path, artefact: Path
+) -> None:
+    if backend.name != "tensorrt-rtx":
+        pytest.skip("TensorRT builds for the GPU that is here alone")
+    here = backend.fingerprint()["targets"]
+    backend.for_target("sm75" if here != [75] else "sm89").compile(
+        classifier, Profile(BUCKETS), artefact
+    )
+    assert backend.validity(artefact).verdict == "bad"
+    with pytest.raises(InvalidModel, match="UNSUPPORTED_CC"):
+        backend.load(artefact, threads=1)
+
+
+def test_a_good_plan_is_valid(backend: TensorRT, classifier: Path, artefact: Path) -> None:
+    backend.compile(classifier, Profile(BUCKETS), artefact)
+    expected = "valid" if backend.name == "tensorrt-rtx" else "unknown"
+    assert backend.validity(artefact).verdict == expected
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another file"])
+def test_a_damaged_plan_is_refused(
+    backend: TensorRT, classifier: Path, artefact: Path, damage: str
+) -> None:
+    backend.compile(classifier, Profile(BUCKETS), artefact)
+    plan = artefact / PLAN_FILE
+    content = plan.read_bytes()
+    plan.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"no plan" * 100)
+    with pytest.raises(PipelineError):
+        backend.load(artefact, threads=1)
+
+
+def test_loading_takes_a_fraction_of_building(
+    backend: TensorRT,
+    artefact: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, Any], None],
+) -> None:
+    """Reports both: the figure of docs/performance.md for a machine with a GPU."""
+    efficientnet.build(tmp_path / "bundle")
+    began = time.perf_counter()
+    backend.compile(tmp_path / "bundle" / "model.onnx", Profile(BUCKETS), artefact)
+    built = time.perf_counter()
+    backend.load(artefact, threads=1).close()
+    loaded = time.perf_counter()
+    record_property("build_s", built - began)
+    record_property("load_s", loaded - built)
+    print(f"{backend.name}: built in {built - began:.2f} s, loaded in {loaded - built:.2f} s")

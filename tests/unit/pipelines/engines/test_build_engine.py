@@ -1,0 +1,125 @@
+"""Engines made ahead of their use, for this machine or others, and the cache that settings amount to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from infra.objects.files import FileObjects
+from infra.settings import load_settings
+from pipelines import engines
+from pipelines.engines import Backend, EngineCache, Profile, build_engine, load_engine, open_cache
+from pipelines.engines.manifest import check
+from schemas.errors import InvalidModel, PipelineError, Transient
+from schemas.models import EngineConfig
+
+MakeModel = Callable[..., Path]
+CONFIG = EngineConfig(file="model.onnx")
+
+
+def test_what_was_built_ahead_is_loaded_where_builds_must_not_run(
+    classifier: MakeModel, cache: EngineCache
+) -> None:
+    model = classifier()
+    with pytest.raises(Transient, match="tiny/1 main") as refused:
+        load_engine(model, CONFIG, (1, 8), cache=cache, may_build=False, label="tiny/1 main")
+    assert refused.value.code == "engine_not_built"
+    build_engine(model, CONFIG, (1, 8), cache=cache).release()
+    load_engine(model, CONFIG, (1, 8), cache=cache, may_build=False).close()
+
+
+def test_an_engine_says_which_model_it_was_built_for(
+    classifier: MakeModel, cache: EngineCache
+) -> None:
+    artefact = build_engine(classifier(), CONFIG, (1,), cache=cache, label="tiny/1 main")
+    entry = artefact.path.parent
+    assert check(entry, entry.name, cache.keyring).label == "tiny/1 main"
+
+
+class ForAnyDevice:
+    """Compiles for any device, by writing down which."""
+
+    name, version = "fake", "1"
+
+    def __init__(self, device: str = "here") -> None:
+        self._device = device
+
+    def for_target(self, target: str) -> Backend:
+        return ForAnyDevice(target)  # type: ignore[return-value]
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"device": self._device}
+
+    def compile(self, model: Path, profile: Profile, into: Path, *rest: object) -> None:
+        (into / "engine.bin").write_text(self._device)
+
+
+def test_an_engine_for_another_device_is_another_engine(
+    classifier: MakeModel, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = classifier()
+    monkeypatch.setattr(engines, "_backend", lambda name: ForAnyDevice())
+    artefacts = [
+        build_engine(model, CONFIG, (1,), cache=cache, target=target)
+        for target in (None, "sm89", "sm120", "sm89")
+    ]
+    written = [(artefact.path / "engine.bin").read_text() for artefact in artefacts]
+    assert written == ["here", "sm89", "sm120", "sm89"]
+    assert artefacts[1].path == artefacts[3].path
+
+
+def test_a_backend_that_knows_this_machine_alone_refuses_others(
+    classifier: MakeModel, cache: EngineCache
+) -> None:
+    with pytest.raises(InvalidModel, match="onnxruntime compiles for the machine") as refused:
+        build_engine(classifier(), CONFIG, (1,), cache=cache, target="sm89")
+    assert refused.value.code == "engine_target_unsupported"
+
+
+@pytest.fixture
+def cache_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineCache]:
+    """`cache_of(KEYS="{}")`: as a process would open it, in folders of its own."""
+
+    def open_(**environment: str) -> EngineCache:
+        monkeypatch.setenv("HEADRACE_ENGINES__CACHE_DIR", str(tmp_path / "engines"))
+        for name, value in environment.items():
+            monkeypatch.setenv(f"HEADRACE_ENGINES__{name}", value)
+        return open_cache(load_settings(data_dir=tmp_path), FileObjects(tmp_path / "objects"))
+
+    return open_
+
+
+def test_without_keys_engines_stay_on_this_machine(
+    cache_of: Callable[..., EngineCache], tmp_path: Path
+) -> None:
+    cache = cache_of()
+    assert cache.store is None
+    cache.get_or_build({"model": "a"}, lambda into: None).release()
+    assert not (tmp_path / "objects" / "engines").exists()
+
+
+def test_with_keys_they_are_shared(cache_of: Callable[..., EngineCache], tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps({"old": "o" * 32}))
+    cache = cache_of(KEYS=json.dumps({"new": "n" * 32}), KEYS_FILE=str(file))
+    assert cache.store is not None
+    assert cache.keyring.sign(b"").key_id == "new"
+    signed_before = cache_of(KEYS="{}", KEYS_FILE=str(file)).keyring.sign(b"content")
+    assert cache.keyring.fault(b"content", signed_before) is None
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", '{"k1": "short"}', '{"": "%s"}' % ("s" * 32)])
+def test_a_wrong_file_of_keys_is_named_and_not_shown(
+    cache_of: Callable[..., EngineCache], tmp_path: Path, content: str | None
+) -> None:
+    file = tmp_path / "keys.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(PipelineError, match="HEADRACE_ENGINES__KEYS_FILE") as refused:
+        cache_of(KEYS_FILE=str(file))
+    assert refused.value.code == "settings_invalid"
+    assert "short" not in refused.value.message
+    assert "sss" not in refused.value.message
