@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from tests.faults.real.suite import STUCK_S, Run, Scale, fault
 
 REDIS_BACK_S = 5.0
 """Within which work resumes once Redis is there again."""
+
+
+REFUSAL_S = 0.5
 
 
 def _no_small_disks(servers: Servers) -> str:
@@ -72,7 +76,17 @@ def redis_truncated(run: Run) -> None:
                 size = file.stat().st_size
                 with file.open("rb+") as open_file:
                     open_file.truncate(run.chance.randint(size // 4, size))
+            _begin_anew_if_refused(run)
             run.recovered(time.monotonic())
+
+
+def _begin_anew_if_refused(run: Run) -> None:
+    """A server that does not take its file ends soon after its start; its operator then gives it up."""
+    time.sleep(REFUSAL_S)
+    if not run.servers.process("redis").running:
+        shutil.rmtree(run.servers.redis_folder / "appendonlydir")
+        run.servers.process("redis").start()
+        run.note("the server refused its file, and began without it")
 
 
 def _append_only_file(folder: Path) -> Path:
