@@ -113,7 +113,8 @@ def test_kafka_takes_its_settings_and_our_topics(
     properties.write_text(_properties(kafka["environment"], ports, tmp_path / "data"))
     java = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{jars()}/*"]
     cluster = kafka["environment"]["CLUSTER_ID"]
-    format_it = ["kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(properties)]
+    format_it = ["kafka.tools.StorageTool", "format", f"--cluster-id={cluster}"]
+    format_it += ["-c", str(properties)]
     subprocess.run([*java, *format_it], cwd=tmp_path, check=True, capture_output=True)
     heap = kafka["environment"]["KAFKA_HEAP_OPTS"].split()
 
