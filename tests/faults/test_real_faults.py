@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -57,6 +58,7 @@ class Stacks:
 def stacks() -> Iterator[Stacks]:
     with running_servers() as servers, Stacks(servers) as stacks:
         yield stacks
+    gc.collect()  # here, where the sockets are known
 
 
 @pytest.mark.parametrize(
