@@ -34,6 +34,9 @@ REPORT_TTL_S = 3600
 INBOX_READ = 256
 BELL_TTL_S = 60
 
+MAILBOXES = "headrace:celery:"
+"""What the keys of Celery begin with."""
+
 _ASSIGNMENTS = "headrace:assignments"
 _DISPATCHERS = "headrace:dispatchers"
 _WORKERS = "headrace:workers"
@@ -154,6 +157,11 @@ class Signals(NamedTuple):
     completions: list[Completion]
     token: SlotToken | None
     rung: bool = False
+
+
+def mailbox(worker: str) -> str:
+    """Celery's queue that only this worker reads."""
+    return f"worker.{worker}"
 
 
 def slots_key(seat: Seat) -> str:
@@ -319,6 +327,11 @@ class Fleet:
                 _REPORT, len(keys), *keys, encode(completion), id_, REPORT_TTL_S
             )
         return bool(as_any(reported))
+
+    def unread(self, worker: str) -> int:
+        """How many messages wait in a worker's mailbox."""
+        with redis_errors():
+            return int(as_any(self._redis.llen(MAILBOXES + mailbox(worker))))
 
     def offer(self, token: SlotToken) -> None:
         """Put a slot up for the taking: a worker's own, or one that a dispatcher found no use for."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from infra.fleet import MAILBOXES, mailbox
 from infra.redis_client import ANSWER_S, is_tls, tls_options
 from infra.settings import Settings
 from schemas.batches import RUN_BATCH
@@ -44,15 +45,10 @@ def make_app(settings: Settings) -> Celery:
             "socket_timeout": ANSWER_S,
             "socket_connect_timeout": ANSWER_S,
             "health_check_interval": 10,
-            "global_keyprefix": "headrace:celery:",
+            "global_keyprefix": MAILBOXES,
         },
     )
     return app
-
-
-def mailbox(worker: str) -> str:
-    """The queue that only this worker reads."""
-    return f"worker.{worker}"
 
 
 class Mailboxes:

@@ -13,14 +13,14 @@ from celery import signals
 
 from infra.catalogue import Catalogue
 from infra.embedded import announce_ready
-from infra.fleet import Fleet, WorkerBeat
+from infra.fleet import Fleet, WorkerBeat, mailbox
 from infra.health import Health, serve_health
 from infra.logs import configure_logs, get_logger
 from infra.machine import available_cpus
 from infra.objects import connect_objects
 from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
-from infra.tasks import mailbox, make_app
+from infra.tasks import make_app
 from pipelines.bundle import Bundle
 from pipelines.engines import open_cache
 from pipelines.load import load_model
@@ -28,6 +28,7 @@ from pipelines.model import LoadedModel
 from schemas.errors import InvalidJob, PipelineError, Transient
 from schemas.models import ModelCard
 from workers.inference.hand import Hand
+from workers.inference.hearing import Hearing
 from workers.inference.residency import Residency
 from workers.inference.stages import Stages
 from workers.inference.task import BatchRunner
@@ -66,6 +67,8 @@ class Worker:
             self.fleet, self.hand, self.residency, Stages(self.objects, executors)
         )
         self.watchdog = Watchdog(self.hand)
+        self.hearing = Hearing()
+        self.celery: Any = None
         self.health = Health()
         self.started_at = time.time()
         self._stopped = threading.Event()
@@ -80,7 +83,7 @@ class Worker:
         self.runner.register(app)
         signals.worker_ready.connect(self.on_ready, weak=False)
         signals.worker_shutting_down.connect(self.on_drain, weak=False)
-        app.Worker(
+        self.celery = app.Worker(
             hostname=self.settings.worker.name,
             pool="threads",
             concurrency=self.hand.capacity,
@@ -90,7 +93,8 @@ class Worker:
             without_heartbeat=True,
             loglevel="WARNING",
             quiet=True,
-        ).start()
+        )
+        self.celery.start()
         self.close()
 
     def load(self, name: str, version: int) -> LoadedModel:
@@ -206,6 +210,15 @@ class Worker:
         if tokens:
             self.hand.missing(tokens, self.fleet.offered(tokens))
         self.runner.offer_slots()
+        self.hear()
+
+    def hear(self) -> None:
+        """See that what was sent to this worker is taken."""
+        free = len(self.hand.held()) < self.hand.capacity
+        unread = self.fleet.unread(self.hand.worker)
+        if self.hearing.is_deaf(unread, self.runner.taken, free=free):
+            logger.warning("mailbox_not_heard", unread=unread, action="connect anew")
+            self.celery.consumer.hub.call_soon(_lose_connection)
 
     def lease_s(self) -> float:
         """The shortest lease in hand."""
@@ -236,6 +249,11 @@ class Worker:
         except Transient as error:
             logger.warning("sign_off_missed", error=error.message)
         logger.info("stopped", jobs_done=self.runner.jobs_done)
+
+
+def _lose_connection() -> None:
+    """In Celery's loop, which then begins anew as after any loss."""
+    raise ConnectionResetError("the mailbox is not heard any more")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class BatchRunner:
         self._gate = Gate()
         self._sleep = sleep
         self.jobs_done = 0
+        self.taken = 0
 
     def register(self, app: Celery) -> None:
         app.task(name=RUN_BATCH, ignore_result=True)(self.run_batch)
@@ -45,6 +46,7 @@ class BatchRunner:
     def run_batch(self, batch_id: str, slot: str) -> None:
         """Never raises for Redis: a batch that cannot be fetched or reported comes back by its lease."""
         token = SlotToken.unpack(slot)
+        self.taken += 1
         try:
             self._take(batch_id, token)
         except Transient as error:

@@ -246,6 +246,7 @@ class FakeFleet:
         self.out: dict[str, Assignment] = {}
         self.alive: set[str] = set()
         self.beats: list[WorkerBeat] = []
+        self.mail = 0
 
     def leased(self, batch_id: str) -> bool:
         return self.leases.get(batch_id, 0.0) > self._clock.monotonic()
@@ -361,6 +362,10 @@ class FakeFleet:
         with self._call("clear_slots"):
             for seat, tokens in self.slots.items():
                 self.slots[seat] = deque(token for token in tokens if token.worker != worker)
+
+    def unread(self, worker: str) -> int:
+        with self._call("unread"):
+            return self.mail
 
     def beat(self, beat: WorkerBeat, renew: Iterable[str], lease_ms: int) -> None:
         with self._call("beat"):

@@ -13,6 +13,7 @@ from infra.settings import load_settings
 from pipelines.bundle import Bundle
 from schemas.errors import InvalidJob, InvalidModel, Transient
 from workers.inference import main as worker_main
+from workers.inference.hearing import DEAF_S, Hearing
 from workers.inference.main import Worker
 
 
@@ -231,3 +232,41 @@ def test_a_newer_version_is_loaded_beside_the_one_in_use_before_jobs_want_it(
     assert set(worker.residency.names()) == {
         "broken/1", "new/1", "new/2", "removed/1", "steady/1",
     }  # fmt: skip
+
+
+def test_a_mailbox_that_is_not_heard_any_more_is_connected_anew(
+    worker: Worker, fleet: Any, clock: Any, make_batch: Any
+) -> None:
+    called: list[Any] = []
+    worker.celery = SimpleNamespace(
+        consumer=SimpleNamespace(hub=SimpleNamespace(call_soon=called.append))
+    )
+    worker.hearing = Hearing(clock.monotonic)
+    fleet.mail = 2
+
+    worker.beat()
+    clock.advance(DEAF_S)
+    worker.runner.taken += 1
+    worker.beat()
+    assert called == []
+
+    clock.advance(DEAF_S)
+    worker.beat()
+    worker.beat()
+
+    (lose,) = called
+    with pytest.raises(ConnectionResetError):
+        lose()
+
+
+def test_a_worker_with_its_hands_full_may_leave_its_mail_unread(
+    worker: Worker, fleet: Any, clock: Any, make_batch: Any
+) -> None:
+    worker.hearing = Hearing(clock.monotonic)
+    fleet.mail = 1
+    for _ in range(worker.hand.capacity):
+        worker.hand.hold(make_batch(), "any")
+
+    for _ in range(3):
+        clock.advance(DEAF_S)
+        worker.beat()
