@@ -98,7 +98,7 @@ def _append_only_file(folder: Path) -> Path:
 # ── Kafka ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@fault(8, "Kafka frozen", long=Scale(3, 10_000, 60), short=Scale(1, 500, 12))
+@fault(8, "Kafka frozen", long=Scale(3, 10_000, 60))
 def kafka_frozen(run: Run) -> None:
     with run.load():
         for _ in range(run.scale.repeats):
@@ -118,7 +118,7 @@ def kafka_killed(run: Run) -> None:
 # ── objects ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@fault(11, "object store down", long=Scale(3, 15_000, 60), short=Scale(1, 500, 5))
+@fault(11, "object store down", long=Scale(3, 15_000, 60))
 def objects_down(run: Run) -> None:
     with run.load(large=0.1):
         for _ in range(run.scale.repeats):
@@ -147,7 +147,6 @@ def _full(run: Run, server: ServerName) -> None:
     20,
     "disk of Kafka full",
     long=Scale(3, 5_000, 30),
-    short=Scale(1, 500, 5),
     unable=_no_small_disks,
 )
 def kafka_disk_full(run: Run) -> None:
@@ -169,7 +168,6 @@ def objects_disk_full(run: Run) -> None:
     20.2,
     "disk of Redis full",
     long=Scale(3, 5_000, 30),
-    short=Scale(1, 500, 5),
     unable=_no_small_disks,
 )
 def redis_disk_full(run: Run) -> None:
