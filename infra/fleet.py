@@ -41,9 +41,10 @@ _ASSIGNMENTS = "headrace:assignments"
 _DISPATCHERS = "headrace:dispatchers"
 _WORKERS = "headrace:workers"
 
-# At once, so that a Redis emptied in between leaves no batch that seems begun and without a lease.
+# At once, so that a Redis emptied in between leaves no batch that seems begun and without a lease. The lease begins
+# anew: it may have been waited out in the mailbox of a worker that was starting.
 _BEGIN = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+if redis.call('PEXPIRE', KEYS[1], ARGV[2]) == 0 then return 0 end
 redis.call('SET', KEYS[2], '1', 'PX', ARGV[1])
 return 1
 """
@@ -316,7 +317,8 @@ class Fleet:
         ttl_ms = int((batch.max_run_s + 4 * batch.lease_s) * 1000)
         with redis_errors():
             keys = (_lease(batch.id), _phase(batch.id))
-            return bool(as_any(self._redis.eval(_BEGIN, 2, *keys, ttl_ms)))
+            lease_ms = int(batch.lease_s * 1000)
+            return bool(as_any(self._redis.eval(_BEGIN, 2, *keys, ttl_ms, lease_ms)))
 
     def complete(self, batch: Batch, completion: Completion) -> bool:
         """Report a batch and end its lease. False if the lease was lost: then nobody hears of it."""

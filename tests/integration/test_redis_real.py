@@ -21,6 +21,7 @@ import redis
 from infra.fleet import Fleet, SlotToken, WorkerBeat
 from infra.job_view import _MARKS as MARKS
 from infra.job_view import JobView
+from schemas.batches import Batch
 from tests.servers.redis import RedisServer, TlsFiles, redis_server, tls_before
 
 if TYPE_CHECKING:
@@ -227,3 +228,17 @@ def test_workers_are_those_that_gave_a_sign_of_life() -> None:
 
         assert fleet.workers() == []
         assert connection.smembers("headrace:workers") == set()
+
+
+def test_a_lease_begins_anew_with_the_run_of_its_batch() -> None:
+    batch = Batch("b", "m", 1, 0, 60.0, 60.0, False, [])
+    with redis_server() as server, redis.Redis.from_url(server.url) as connection:
+        fleet = Fleet(connection)
+        fleet.lease(batch, "w")
+        connection.pexpire("headrace:lease:b", 1000)
+
+        assert fleet.begin(batch)
+
+        assert connection.pttl("headrace:lease:b") > 1000
+        connection.delete("headrace:lease:b")
+        assert not fleet.begin(batch)

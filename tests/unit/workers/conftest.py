@@ -337,6 +337,7 @@ class FakeFleet:
         with self._call("begin"):
             if self.leased(batch.id):
                 self.begun.add(batch.id)
+                self.leases[batch.id] = self._clock.monotonic() + batch.lease_s
             return self.leased(batch.id)
 
     def complete(self, batch: Batch, completion: Completion) -> bool:
