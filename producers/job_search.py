@@ -31,9 +31,8 @@ def find_job(log: EventLog, job_id: str) -> Outcome | None:
     """
     found: Outcome | None = None
     for found in find_ended(log, {job_id}):
-        if (
-            found.status != "failed"
-        ):  # only a failed job may be redriven, and so have another outcome
+        # Only a failed job may be redriven, and so have another outcome.
+        if found.status != "failed":
             break
     if found:
         return found

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from examples.models import efficientnet, minilm, whisper
@@ -54,3 +55,15 @@ def client(stack: Stack) -> Iterator[Client]:
 
     with Client(data_dir=stack.data) as client:
         yield client
+
+
+@pytest.fixture
+def the_stack_lives_on(stack: Stack, client: Client) -> Iterator[None]:
+    """After each test the same processes serve the next job, and nothing is left open."""
+    assert stack.state is not None
+    before = [(child.pid, child.restarts) for child in stack.state.children]
+    yield
+    assert client.submit("noop", np.zeros(1, np.float32)).result().version == 1
+    stack.until(lambda: not stack.lag())
+    assert stack.state is not None
+    assert [(child.pid, child.restarts) for child in stack.state.children] == before

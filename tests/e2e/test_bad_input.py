@@ -8,7 +8,7 @@ import struct
 import time
 import wave
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,21 +29,12 @@ from schemas.results import decode_outcome
 if TYPE_CHECKING:
     from tests.conftest import Stack
 
-pytestmark = pytest.mark.timeout(600)  # the first test brings the stack up and may download models
+pytestmark = [
+    pytest.mark.timeout(600),  # the first test brings the stack up and may download models
+    pytest.mark.usefixtures("the_stack_lives_on"),
+]
 
 ONE = np.zeros(1, np.float32)
-
-
-@pytest.fixture(autouse=True)
-def the_stack_lives_on(stack: Stack, client: Client) -> Iterator[None]:
-    """After each test the same processes serve the next job, and nothing is left open."""
-    assert stack.state is not None
-    before = [(child.pid, child.restarts) for child in stack.state.children]
-    yield
-    assert client.submit("noop", ONE).result().version == 1
-    stack.until(lambda: not stack.lag())
-    assert stack.state is not None
-    assert [(child.pid, child.restarts) for child in stack.state.children] == before
 
 
 # ── images ───────────────────────────────────────────────────────────────────────────────────────

@@ -10,12 +10,14 @@ import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import redis
 
 from infra.embedded.redis_server import find_server
 from schemas.errors import PipelineError
-from tests.servers.process import ServerProcess, accepts_connections, free_port, unavailable
+from tests.servers.process import ServerProcess, free_port, unavailable
 from tests.servers.proxy import proxy_before
 
 REMEDY = (
@@ -35,9 +37,7 @@ class RedisServer:
             f"port {self.port}\nbind 127.0.0.1\ndir {folder}\nrequirepass {self.password}\n"
             f'maxmemory-policy noeviction\nsave ""\nappendonly {"yes" if persistent else "no"}\n{more}\n'
         )
-        self.process = ServerProcess(
-            [_program(), str(config)], folder, lambda: accepts_connections(self.port)
-        )
+        self.process = ServerProcess([_program(), str(config)], folder, self.answers)
 
     @property
     def host(self) -> str:
@@ -46,6 +46,12 @@ class RedisServer:
     @property
     def url(self) -> str:
         return f"redis://:{self.password}@{self.host}/0"
+
+    def answers(self) -> bool:
+        """It has read its data: before, it lets clients in and tells them that it is loading."""
+        with redis.Redis.from_url(self.url) as client, suppress(redis.RedisError):
+            return bool(client.ping())
+        return False
 
 
 @contextmanager
@@ -63,8 +69,6 @@ def redis_server(*, persistent: bool = False, more: str = "") -> Iterator[RedisS
 @contextmanager
 def redis_address() -> Iterator[str]:
     """Of the environment, or one that runs inside the block; empty."""
-    import redis
-
     if given := os.environ.get("HEADRACE_TEST_REDIS_URL"):
         with redis.Redis.from_url(given) as client:
             client.flushdb()

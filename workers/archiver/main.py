@@ -2,59 +2,46 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from types import FrameType
+from contextlib import closing
 
 from infra.embedded import announce_ready
 from infra.eventlog import Consumer, EventLog, Fenced
 from infra.eventlog.open import open_log
 from infra.health import Health, serve_health
 from infra.lake import GROUP, need_pyarrow
-from infra.logs import configure_logs, get_logger
+from infra.logs import get_logger
 from infra.objects import ObjectStore, connect_objects
 from infra.preconditions import object_findings, preconditions
-from infra.settings import Settings, load_settings
-from schemas.errors import PipelineError, Transient
+from infra.settings import Settings
 from schemas.topics import RESULTS
+from workers.process import EXIT_FENCED, PatientProcess, serve
 
 WINDOW = 16_384
 """The largest segment that any archiver may have begun must fit."""
 
 TROUBLE_PAUSE_S = 0.5
 DRAIN_S = 10.0
-EXIT_FENCED = 75
 
 logger = get_logger("archiver")
 
 
 def main() -> int:
-    settings = load_settings()
-    configure_logs("archiver", settings.log_level)
-    stop = threading.Event()
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    try:
-        need_pyarrow()
-        preconditions(settings, (object_findings,))
-        log = open_log(settings.log_address, kafka=settings.kafka, slot=settings.archiver.slot)
-        try:
-            process = Process(settings, log, connect_objects(settings))
-            announce_ready(settings, "archiver")
-            return process.run(stop)
-        finally:
-            log.close()
-    except PipelineError as error:
-        logger.error("failed", code=error.code, error=error.message)
-        return 1
+    return serve("archiver", run)
 
 
-class Process:
+def run(settings: Settings, stop: threading.Event) -> int:
+    need_pyarrow()
+    preconditions(settings, (object_findings,))
+    slot = settings.archiver.slot
+    with closing(open_log(settings.log_address, kafka=settings.kafka, slot=slot)) as log:
+        process = Process(settings, log, connect_objects(settings))
+        announce_ready(settings, "archiver")
+        return process.run(stop)
+
+
+class Process(PatientProcess):
     """The archiver with what surrounds its loop: trouble, upkeep of the lake, drain."""
 
     def __init__(self, settings: Settings, log: EventLog, objects: ObjectStore) -> None:
@@ -77,7 +64,6 @@ class Process:
         )
         # One is enough; several at once would only do the same work.
         self.upkeep = Upkeep(objects, options.retention_days) if options.slot == 0 else None
-        self.trouble: str | None = None
 
     def run(self, stop: threading.Event) -> int:
         if self.upkeep:
@@ -102,19 +88,8 @@ class Process:
         return 0
 
     def guarded_step(self, *, draining: bool = False) -> None:
-        """One step; where the log or the lake fails, a pause, and a line in the log when that begins and ends."""
         self.health.progress()
-        try:
-            self.archiver.step(draining=draining)
-        except Transient as error:
-            if self.trouble != error.code:
-                logger.warning("trouble", code=error.code, error=error.message)
-            self.trouble = error.code
-            time.sleep(TROUBLE_PAUSE_S)
-        else:
-            if self.trouble:
-                logger.info("trouble_over", code=self.trouble)
-            self.trouble = None
+        self.patiently(lambda: self.archiver.step(draining=draining), TROUBLE_PAUSE_S)
 
 
 if __name__ == "__main__":

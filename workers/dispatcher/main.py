@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
+from collections import Counter
 from contextlib import closing, suppress
-from types import FrameType
 
 from infra.catalogue import Catalogue
 from infra.embedded import announce_ready
@@ -16,13 +15,13 @@ from infra.eventlog.open import connect_log
 from infra.fleet import DispatcherBeat, Fleet, LaneSnapshot
 from infra.health import Health, serve_health
 from infra.job_view import JobView
-from infra.logs import configure_logs, get_logger
+from infra.logs import get_logger
 from infra.objects import connect_objects
 from infra.preconditions import preconditions
 from infra.redis_client import connect_redis, connect_view
-from infra.settings import Settings, load_settings
+from infra.settings import Settings
 from infra.tasks import Mailboxes, make_app
-from schemas.errors import InvalidJob, PipelineError, Transient
+from schemas.errors import InvalidJob, Transient
 from schemas.jobs import read_cancel
 from schemas.topics import CONTROL, TOPIC_BY_NAME
 from workers.dispatcher.admit import Admitter
@@ -39,6 +38,7 @@ from workers.dispatcher.ownership import MARGIN_S, Ownership
 from workers.dispatcher.residents import Residents
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewTtl, ViewWriter
+from workers.process import EXIT_FENCED, PatientProcess, serve
 
 GROUP = "dispatcher"
 BEAT_EVERY_S = 1.0
@@ -46,34 +46,22 @@ TROUBLE_PAUSE_S = 0.2
 DRAIN_S = 1.0
 """What is out for longer is adopted by this slot's next process, or by whoever gets its records."""
 
-EXIT_FAILED = 1
-EXIT_FENCED = 75
-
 logger = get_logger("dispatcher")
 
 
 def main() -> int:
-    settings = load_settings()
-    configure_logs("dispatcher", settings.log_level)
-    stop = threading.Event()
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    try:
-        preconditions(settings)
-        with closing(connect_log(settings)) as log:
-            process = Process(settings, log)
-            announce_ready(settings, "dispatcher")
-            return process.run(stop)
-    except PipelineError as error:
-        logger.error("failed", code=error.code, error=error.message)
-        return EXIT_FAILED
+    return serve("dispatcher", run)
 
 
-class Process:
+def run(settings: Settings, stop: threading.Event) -> int:
+    preconditions(settings)
+    with closing(connect_log(settings)) as log:
+        process = Process(settings, log)
+        announce_ready(settings, "dispatcher")
+        return process.run(stop)
+
+
+class Process(PatientProcess):
     """The dispatcher with what surrounds its loop: trouble, sign of life, retention, drain."""
 
     def __init__(self, settings: Settings, log: EventLog) -> None:
@@ -150,7 +138,6 @@ class Process:
             residents=Residents(self.fleet),
         )
         self.started_at = time.time()
-        self.trouble: str | None = None
         self._beat_at = 0.0
 
     def run(self, stop: threading.Event) -> int:
@@ -176,18 +163,7 @@ class Process:
         return 0
 
     def guarded_step(self, *, draining: bool) -> None:
-        """One step; where the log or Redis fails, a pause, and a line in the log when that begins and ends."""
-        try:
-            self.dispatcher.step(draining=draining)
-        except Transient as error:
-            if self.trouble != error.code:
-                logger.warning("trouble", code=error.code, error=error.message)
-            self.trouble = error.code
-            time.sleep(TROUBLE_PAUSE_S)
-        else:
-            if self.trouble:
-                logger.info("trouble_over", code=self.trouble)
-            self.trouble = None
+        self.patiently(lambda: self.dispatcher.step(draining=draining), TROUBLE_PAUSE_S)
 
     def housekeep(self) -> None:
         self.health.progress()
@@ -208,10 +184,6 @@ class Process:
     def beat(self) -> DispatcherBeat:
         now = time.time()
         by_lane = self.batcher.summary()
-        models: dict[str, int] = {}
-        for job in self.batcher:
-            name = f"{job.card.name}/{job.card.version}"
-            models[name] = models.get(name, 0) + 1
         return DispatcherBeat(
             slot=self.settings.dispatcher.slot,
             pid=os.getpid(),
@@ -221,7 +193,7 @@ class Process:
                 lane: LaneSnapshot(len(jobs), now - min(job.job.submitted_at for job in jobs))
                 for lane, jobs in by_lane.items()
             },
-            models=models,
+            models=dict(Counter(job.model for job in self.batcher)),
             delayed=self.intake.delayed,
             running=len(self.leases),
             running_jobs=sum(len(lease.held) for lease in self.leases),

@@ -24,8 +24,8 @@ class Hearing:
         unread: messages in the mailbox. taken: batches since the start. free: a slot is.
         """
         now = self._monotonic()
-        if unread and free and taken == self._taken and now - self._heard_at < DEAF_S:
+        waiting = bool(unread) and free and taken == self._taken
+        if waiting and now - self._heard_at < DEAF_S:
             return False
-        deaf = bool(unread and free and taken == self._taken)
         self._taken, self._heard_at = taken, now
-        return deaf
+        return waiting

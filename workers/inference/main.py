@@ -142,7 +142,7 @@ class Worker:
         for name in sorted({model.partition("/")[0] for model in held}):
             with suppress(InvalidJob, Transient):  # removed, or not to be looked up now
                 card = self.catalogue.resolve(name, None)
-                if not {f"{name}/{card.version}"} & {*held, *self._unloadable}:
+                if f"{name}/{card.version}" not in {*held, *self._unloadable}:
                     self._load_beside(card)
 
     def _load_beside(self, card: ModelCard) -> None:

@@ -15,9 +15,6 @@ REDIS_BACK_S = 5.0
 """Within which work resumes once Redis is there again."""
 
 
-REFUSAL_S = 0.5
-
-
 def _no_small_disks(servers: Servers) -> str:
     return "" if servers.disks else "mounting a small file system takes root"
 
@@ -71,22 +68,19 @@ def redis_truncated(run: Run) -> None:
     with run.load():
         for _ in range(run.scale.repeats):
             run.pause(2)
-            with run.servers.down("redis"):
-                file = _append_only_file(run.servers.redis_folder)
-                size = file.stat().st_size
-                with file.open("rb+") as open_file:
-                    open_file.truncate(run.chance.randint(size // 4, size))
-            _begin_anew_if_refused(run)
+            server = run.servers.process("redis")
+            server.kill()
+            file = _append_only_file(run.servers.redis_folder)
+            size = file.stat().st_size
+            with file.open("rb+") as open_file:
+                open_file.truncate(run.chance.randint(size // 4, size))
+            try:
+                server.start()
+            except RuntimeError:  # its operator then gives the file up
+                shutil.rmtree(run.servers.redis_folder / "appendonlydir")
+                server.start()
+                run.note("the server refused its file, and began without it")
             run.recovered(time.monotonic())
-
-
-def _begin_anew_if_refused(run: Run) -> None:
-    """A server that does not take its file ends soon after its start; its operator then gives it up."""
-    time.sleep(REFUSAL_S)
-    if not run.servers.process("redis").running:
-        shutil.rmtree(run.servers.redis_folder / "appendonlydir")
-        run.servers.process("redis").start()
-        run.note("the server refused its file, and began without it")
 
 
 def _append_only_file(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import workers.process
 from infra.eventlog import Fenced, NewRecord
 from infra.health import Health
 from infra.settings import BreakerSettings, load_settings
@@ -18,8 +19,9 @@ from schemas.jobs import Job
 from schemas.topics import CONTROL, KEYS, TOPIC_BY_NAME
 from workers.dispatcher import main as dispatcher_main
 from workers.dispatcher.breaker import Breaker
-from workers.dispatcher.main import EXIT_FENCED, Process, recall_cancels
+from workers.dispatcher.main import Process, recall_cancels
 from workers.dispatcher.memory import JobMemory
+from workers.process import EXIT_FENCED
 
 MakeJob = Callable[..., Job]
 KEYS_WINDOW_S = 24 * 3600.0
@@ -36,6 +38,7 @@ def sleeps(monkeypatch: pytest.MonkeyPatch, clock: Any) -> list[float]:
 
     time = SimpleNamespace(sleep=sleep, time=clock.wall, monotonic=clock.monotonic)
     monkeypatch.setattr(dispatcher_main, "time", time)
+    monkeypatch.setattr(workers.process, "time", time)
     return sleeps
 
 
@@ -54,7 +57,6 @@ def process(world: Any, log: Any, fleet: Any, tmp_path: Any, sleeps: list[float]
         setattr(process, part, getattr(world, part))
     process.janitor = SimpleNamespace(run=lambda stop: None)  # type: ignore[assignment]
     process.started_at = 0.0
-    process.trouble = None
     process._beat_at = 0.0
     fleet.shown = []
     fleet.show_dispatcher = fleet.shown.append
