@@ -20,7 +20,7 @@ from producers.client import Client
 
 ASKED = {"embedded": Asked("<=", 5), "servers": Asked("<=", 25)}
 PAUSE_S = 0.01
-WARM_UP = 20
+WARM_UP = 200
 
 
 class Way(Struct, frozen=True):

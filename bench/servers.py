@@ -1,4 +1,4 @@
-"""Apache Kafka, Redis and MinIO, one process each, as the tests start them."""
+"""Apache Kafka, Redis and MinIO, one process each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.servers.redis import RedisServer, redis_server
 
 BUCKET = "headrace"
 ABOUT = (
-    f"Apache Kafka {VERSION}, one broker with a heap of 512 MiB and the compiler C1 alone; "
+    f"Apache Kafka {VERSION}, one broker with a heap of 512 MiB; "
     f"MinIO {PACKAGE.rpartition('@')[2]}; Redis with an append-only file"
 )
 
@@ -46,7 +46,7 @@ def real_servers() -> Iterator[Servers]:
     with ExitStack() as open_now:
         try:
             servers = Servers(
-                open_now.enter_context(kafka_server()),
+                open_now.enter_context(kafka_server(quick_start=False)),
                 open_now.enter_context(redis_server(persistent=True)),
                 open_now.enter_context(minio_server()),
             )

@@ -6,8 +6,9 @@ Nothing in here is the only copy of anything. Losing it all costs one lease peri
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -30,6 +31,9 @@ Seat = Literal["any", "live"]
 HEARTBEAT_TTL_S = 5
 REPORT_TTL_S = 3600
 """How long a report waits for its dispatcher, or for whoever owns its jobs next."""
+
+COARSE_S = 0.02
+"""Redis ends a wait late, when it has nothing else to do: up to a tenth of a second (its `hz`)."""
 
 INBOX_READ = 256
 BELL_TTL_S = 60
@@ -188,9 +192,7 @@ class Fleet:
         """Sleep until there is a completion, a ring, or a slot of these seats, which is then taken."""
         keys = [_inbox(slot), _bell(slot), *(slots_key(seat) for seat in seats)]
         with redis_errors():
-            popped = as_any(
-                self._redis.blmpop(timeout_s, len(keys), *keys, direction="LEFT", count=1)
-            )
+            popped = self._popped(keys, timeout_s)
             if popped is None:
                 return Signals([], None)
             key, (value,) = popped
@@ -201,6 +203,15 @@ class Fleet:
             token = SlotToken.unpack(value.decode())
             alive = self._redis.exists(_worker(token.worker))
             return Signals([], token if alive else None)
+
+    def _popped(self, keys: Sequence[str], timeout_s: float) -> Any:
+        """The first key that holds something, and that; None after the timeout. For a short one it sleeps here."""
+        if timeout_s >= COARSE_S:
+            return self._redis.blmpop(timeout_s, len(keys), *keys, direction="LEFT", count=1)
+        if popped := self._redis.lmpop(len(keys), *keys, direction="LEFT", count=1):
+            return popped
+        time.sleep(timeout_s)
+        return None
 
     def reports(self, batch_ids: Sequence[str]) -> list[Completion]:
         """What was reported of these batches, to whomever. It stays there until it is forgotten."""

@@ -24,7 +24,7 @@ from infra.eventlog.kafka_partition import Partition
 from infra.eventlog.kafka_producers import StaleMember, Transactions
 from infra.eventlog.kafka_records import decode, encode
 from infra.eventlog.tracker import Tracker
-from schemas.errors import PipelineError, Transient
+from schemas.errors import Transient
 
 FETCH_BYTES = 256 * 1024
 """Of one partition at a time: with many partitions, what was fetched ahead must stay small."""
@@ -33,6 +33,9 @@ EVERYTHING = 2**31
 """Each poll takes all that was fetched. The client forgets what it has left of a partition that is paused."""
 
 FETCH_ALL_BYTES = 8 * 1024 * 1024
+FETCH_WAIT_MS = 50
+"""A broker answers one fetch at a time, and a partition that was not in it has to wait for its end."""
+
 HEARTBEAT_S = 1.0
 STALLED_S = 60.0
 """A member that does not come back for so long is dealt out of the group."""
@@ -85,22 +88,13 @@ class KafkaMember:
 
     def receive(self, max_records: int, max_bytes: int, timeout_s: float = 0) -> list[Record]:
         deadline = time.monotonic() + timeout_s
-        records: list[Record] = []
-        wait_s = 0.0
-        try:
-            while True:
-                lost_before = len(self._lost)
-                came = self._fetch(wait_s)
-                if lost := set(self._lost[lost_before:]):
-                    records = [record for record in records if record.position not in lost]
-                full = self._give(records, max_records, max_bytes)
-                wait_s = 0.0 if records else deadline - time.monotonic()
-                if full or (not came and (records or wait_s <= 0)):
-                    return records
-        except (PipelineError, Fenced):
-            if records:  # those are given now; the trouble will show again
+        wait_s = 0.0 if self._ready() else timeout_s
+        while True:
+            self._fetch(wait_s)
+            records = self._give(max_records, max_bytes)
+            wait_s = deadline - time.monotonic()
+            if records or wait_s <= 0:
                 return records
-            raise
 
     def complete(self, positions: Iterable[Position], outputs: Sequence[NewRecord] = ()) -> None:
         positions = list(positions)
@@ -170,26 +164,29 @@ class KafkaMember:
 
     # ── giving ───────────────────────────────────────────────────────────────────────────────────
 
-    def _give(self, records: list[Record], max_records: int, max_bytes: int) -> bool:
-        """Hand out what waits, partitions in turns. True when the next record would be one too many."""
-        room_bytes = max_bytes - sum(len(record.value) for record in records)
-        ready = [partition for partition in self._owned.values() if partition.ready]
-        queue = sorted(ready, key=lambda partition: partition.turn, reverse=True)
+    def _ready(self) -> list[Partition]:
+        return [partition for partition in self._owned.values() if partition.ready]
+
+    def _give(self, max_records: int, max_bytes: int) -> list[Record]:
+        """Hand out what waits, partitions in turns. The first record may be larger than max_bytes."""
+        records: list[Record] = []
+        room_bytes = max_bytes
+        queue = sorted(self._ready(), key=lambda partition: partition.turn, reverse=True)
         while queue and len(records) < max_records:
             partition = queue.pop()
             size = len(partition.waiting[0].value)
             if records and size > room_bytes:
-                return True
+                break
             if record := partition.give():
                 records.append(record)
                 room_bytes -= size
                 partition.turn = next(self._turns)
             if partition.ready:
                 queue.insert(0, partition)
-        return len(records) >= max_records
+        return records
 
-    def _fetch(self, timeout_s: float) -> bool:
-        """Get more from the cluster, and do what the group asks for. False if nothing came."""
+    def _fetch(self, timeout_s: float) -> None:
+        """Get more from the cluster, and do what the group asks for."""
         self._raise_if_fenced()
         with kafka_trouble():
             self._join()
@@ -202,7 +199,6 @@ class KafkaMember:
             partition = self._owned.get(name)
             if partition is not None and name not in taken:
                 partition.waiting.extend(decode(partition.topic, one) for one in batch)
-        return bool(found)
 
     def _hold_back(self) -> None:
         """Fetch only for partitions that want it."""
@@ -271,6 +267,7 @@ class KafkaMember:
             max_poll_interval_ms=int(STALLED_S * 1000),
             max_partition_fetch_bytes=FETCH_BYTES,
             fetch_max_bytes=FETCH_ALL_BYTES,
+            fetch_max_wait_ms=FETCH_WAIT_MS,
         )
         try:
             with kafka_trouble():

@@ -62,8 +62,8 @@ class Intake:
         self._bulk_paused = False
         self._records: list[Record] = []
 
-    def receive(self, now: float) -> int:
-        """Take in what there is room for; returns how many records that were.
+    def receive(self, now: float, wait_s: float = 0) -> int:
+        """Take in what there is room for; returns how many records that were. wait_s: for the first one.
 
         Raises Transient when a model cannot be looked up now, or what earlier owners did: records wait here,
         and no more are asked for until they went through. All others were taken in.
@@ -74,7 +74,7 @@ class Intake:
         if room > 0 and not self._records:
             records: list[Record] = []
             try:
-                records = self._consumer.receive(RECEIVE_MOST, room)
+                records = self._consumer.receive(RECEIVE_MOST, room, wait_s)
             finally:
                 self.drop_lost()
                 self._records = records  # ours, also where what we had there before was lost

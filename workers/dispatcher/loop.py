@@ -30,8 +30,11 @@ IDLE_S = 0.05
 """How long a record of a producer that rings no bell may lie unseen."""
 
 UNRIPE_S = 0.005
+LOOK_S = 0.005
+"""How long to wait on the log at a time for what was announced."""
+
 RUNG_S = 0.1
-"""How long to look closely after a ring: on some logs a record is there a little later."""
+"""How long to wait for it altogether: on some logs a record is there a little after the ring."""
 
 TIDY_EVERY_S = 0.25
 GRACE_S = 3.0
@@ -119,14 +122,21 @@ class Dispatcher:
 
     def _take_in(self) -> None:
         try:
-            if self.intake.receive(self.wall()):
+            if self.intake.receive(self.wall(), LOOK_S if self._expecting else 0):
                 self._expected_until = 0.0
         finally:
             # Whatever kept records from coming in, jobs in hand go on.
             self._dispatch(self.wall())
 
+    @property
+    def _expecting(self) -> bool:
+        """The bell rang, and what it announced has not come."""
+        return self.monotonic() < self._expected_until
+
     def _patience_s(self, now: float, ready: bool) -> float:
-        if (len(self.batcher) and not ready) or self.monotonic() < self._expected_until:
+        if self._expecting:
+            return 0
+        if len(self.batcher) and not ready:
             return UNRIPE_S
         if (wake_at := self.intake.next_wake()) is not None:
             return min(IDLE_S, max(0.001, wake_at - now))
