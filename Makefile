@@ -7,10 +7,10 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generat
 LOCK_ROLE = $(LOCK) -c requirements/dev.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-long faults demo up up-real bench lock clean
+.PHONY: help setup check format test test-long faults demo up up-real bench bench-coldstart lock clean
 
 help: ## show these targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 setup: $(VENV)/.ready ## make the virtual environment
 
@@ -46,6 +46,9 @@ up-real: setup ## the processes of docker-compose.yml on Kafka, Redis and MinIO,
 
 bench: setup ## figures of docs/performance.md, measured here
 	$(BIN)/python -m bench $(ARGS)
+
+bench-coldstart: setup ## cold start by case, model and backend: docs/coldstart.md
+	$(BIN)/python -m bench.coldstart $(ARGS)
 
 lock: ## compile requirements/*.txt anew from pyproject.toml
 	$(LOCK) --extra dev -o requirements/dev.txt pyproject.toml requirements/build.in

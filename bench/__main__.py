@@ -22,6 +22,8 @@ BENCHMARKS: dict[str, tuple[Kind, ...]] = {
     "transaction": KINDS,
     "memory": KINDS,
     "engine_load": ("embedded",),
+    "engine_races": ("embedded",),
+    "engine_fetch": ("servers",),
     "startup": ("embedded",),
     "demo": ("embedded",),
 }

@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +30,9 @@ from typing import NamedTuple
 
 from msgspec import Struct, to_builtins
 
-from bench.engine_load import BUCKETS, CONFIG
-from bench.engine_load import prepare as prepare_model
-from bench.figures import Asked, Figure, spread
+from bench.engine_load import BUCKETS, CONFIG, write_light
+from bench.figures import Asked, Effort, Figure, spread
+from infra.logs import configure_logs
 from infra.objects.files import FileObjects
 from pipelines.engines import EngineCache, build_engine
 from pipelines.engines.onnxruntime import OnnxRuntime
@@ -46,8 +45,13 @@ LEASE_S, SHORT_LEASE_S = 30.0, 0.4
 """In a race nobody dies, and no lease may be lost because the machine is busy."""
 KEYRING = Keyring({"bench": secrets.token_bytes(32)})
 
-FETCHED_BYTES = (5_000_000, 30_000_000, 100_000_000)
-LINK_BYTES_S = 125_000_000
+RACERS = 8
+EXTENT: dict[Effort, tuple[int, int, int]] = {
+    "quick": (20, 5, 3),
+    "usual": (100, 20, 7),
+    "long": (1000, 100, 15),
+}
+"""Races, kills, and starts at once with a real model."""
 
 WHOLE, BROKEN, OTHER = 0, 10, 11
 """Exit codes of a racer."""
@@ -71,6 +75,14 @@ class Tally(Struct):
         return self.builds == self.races and not (self.broken or self.failed)
 
 
+class Start(NamedTuple):
+    """Of several processes at once: seconds until the builder, and until the last of all, has the engine."""
+
+    builds: int
+    builder_s: float
+    last_s: float
+
+
 class Track(NamedTuple):
     """Where one race is run. caches: of its racers."""
 
@@ -79,120 +91,53 @@ class Track(NamedTuple):
     builds: Path
 
 
-def measure(quick: bool) -> Iterator[Figure]:
-    tally = run_all(20 if quick else 1000, 5 if quick else 100, racers=8, seed=1)
+def measure(effort: Effort, _kind: str) -> Iterator[Figure]:
+    races, kills, starts = EXTENT[effort]
+    yield from measure_races(run_all(races, kills, RACERS, seed=1))
+    yield from measure_waits(starts)
+
+
+def measure_races(tally: Tally) -> Iterator[Figure]:
     note = (
-        f"{tally.races} races of 8 processes, {tally.kills} builders killed, {tally.interrupted} in"
-        f" the middle of a build; {tally.served} engines served"
+        f"{tally.races} races of {RACERS} processes, {tally.kills} builders killed,"
+        f" {tally.interrupted} of them in the middle of a build; {tally.served} engines served"
     )
     yield Figure(
-        name="engine cache: broken engines served, or racers left without one",
+        name="engine cache: broken engines served, or processes left without one",
         measured=tally.broken + tally.failed,
         asked=Asked("<=", 0),
         note=note,
         details=to_builtins(tally),
     )
     yield Figure(
-        name="engine cache: builds per race of 8 processes",
+        name=f"engine cache: builds in a race of {RACERS} processes",
         measured=tally.builds / tally.races,
         asked=Asked("<=", 1),
-        note="every second race between machines that share an object store",
+        note="every second race is between machines that share an object store",
     )
-    yield from measure_waits(1 if quick else 5, racers=8)
-    yield from measure_fetch(3 if quick else 9)
 
 
-def measure_waits(rounds: int, racers: int) -> Iterator[Figure]:
+def measure_waits(rounds: int) -> Iterator[Figure]:
     """Processes that start at once with a real model: the last one's time over the builder's."""
     with tempfile.TemporaryDirectory(prefix="hr-races-") as folder:
-        model = prepare_model("light_resnet50", Path(folder)).model
-        taken = [at_once(model, Path(folder) / str(number), racers) for number in range(rounds)]
-    ratios = [last_s / builder_s for builder_s, last_s in taken]
+        model = write_light("light_resnet50", Path(folder) / "model")
+        starts = [at_once(model, Path(folder) / str(number)) for number in range(rounds)]
+    ratios = [start.last_s / start.builder_s for start in starts]
     yield Figure(
-        name="engine cache: longest wait of 8 processes that start at once, over the build",
+        name=f"engine cache: the longest wait of {RACERS} processes that start at once, over the build",
         measured=median(ratios),
         asked=Asked("<=", 1.1),
-        note=f"resnet50; the builder takes {median(s for s, _ in taken):.2f} s",
-        details={"ratios": spread(ratios)},
+        note=f"resnet50, builds {' '.join(str(start.builds) for start in starts)}; the builder takes"
+        f" {median(start.builder_s for start in starts):.2f} s; ratios {spread(sorted(ratios))}",
+        details={"starts": starts},
     )
 
 
-def measure_fetch(rounds: int) -> Iterator[Figure]:
-    """An engine out of the object store, over the transfer of its bytes and the load from this disk."""
-    for size_bytes in FETCHED_BYTES:
-        with tempfile.TemporaryDirectory(prefix="hr-races-") as folder:
-            samples = [fetch(size_bytes, Path(folder), number) for number in range(rounds)]
-        ratios = [taken_s / bound_s for taken_s, bound_s in samples]
-        yield Figure(
-            name=f"engine cache: fetch of {size_bytes // 1_000_000} MB over transfer plus local hit",
-            measured=median(ratios),
-            asked=Asked("<=", 1.1),
-            note=f"a link of 1 Gbit/s, simulated; {median(s for s, _ in samples) * 1000:.0f} ms",
-            details={"ratios": spread(ratios)},
-        )
-
-
-class Link(FileObjects):
-    """A store at the end of a line that carries LINK_BYTES_S, however many ask at once."""
-
-    line = threading.Lock()
-
-    def get(self, key: str, *, max_bytes: int) -> bytes:
-        data = super().get(key, max_bytes=max_bytes)
-        with self.line:
-            time.sleep(len(data) / LINK_BYTES_S)
-        return data
-
-
-def fetch(size_bytes: int, folder: Path, number: int) -> tuple[float, float]:
-    """Seconds of a fetch, and what it cannot be faster than: the bytes at the line's rate to this
-    machine's disk, and the load of an engine that is there."""
-    here, there = (
-        EngineCache(
-            folder / f"{name}-{number}",
-            1 << 34,
-            keyring=KEYRING,
-            store=EngineStore(Link(folder / "store"), KEYRING),
-        )
-        for name in ("here", "there")
-    )
-    parts: dict[str, object] = {"fetch": number}
-    content = secrets.token_bytes(size_bytes)
-    there.get_or_build(parts, lambda into: write(into / "weights.bin", content)).release()
-    bound_s = timed(lambda: copy(content, folder / "copy"))
-    taken_s = timed(lambda: here.get_or_build(parts, never).release())
-    bound_s += timed(lambda: here.get_or_build(parts, never).release())
-    return taken_s, bound_s
-
-
-def copy(content: bytes, to: Path) -> None:
-    time.sleep(len(content) / LINK_BYTES_S)
-    write(to, content)
-
-
-def write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def timed(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def never(into: Path) -> None:
-    raise AssertionError("expected a hit")
-
-
-def at_once(model: Path, root: Path, racers: int) -> tuple[float, float]:
-    """Seconds until the builder, and until the last of all, has the engine."""
+def at_once(model: Path, root: Path) -> Start:
     command = [sys.executable, "-m", "bench.engine_races", "--ask", str(model), str(root)]
     processes = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(racers)
+        for _ in range(RACERS)
     ]
     for process in processes:
         assert process.stdout
@@ -202,13 +147,14 @@ def at_once(model: Path, root: Path, racers: int) -> tuple[float, float]:
         process.stdin.write("go\n")
         process.stdin.flush()
     answers = [json.loads(process.communicate()[0]) for process in processes]
-    [builder_s] = [seconds for origin, seconds in answers if origin == "built"]
-    return builder_s, max(seconds for _, seconds in answers)
+    built = [seconds for origin, seconds in answers if origin == "built"]
+    return Start(len(built), min(built), max(seconds for _, seconds in answers))
 
 
 def ask(model: Path, root: Path) -> None:
-    """In a process of its own."""
-    OnnxRuntime()  # imports the vendor's library
+    """In a process of its own, that has begun as a worker does: with its logs and the vendor's library."""
+    configure_logs("racer", "critical")
+    OnnxRuntime()
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
@@ -325,7 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.engine_races", description=__doc__)
     parser.add_argument("--races", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--racers", type=int, default=8)
+    parser.add_argument("--racers", type=int, default=RACERS)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ask", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -13,7 +13,10 @@ from bench.bundles import IMAGE, NOOP, TEXT, noop_payload
 from bench.figures import Effort, Figure, spread
 from bench.stack import Deployment, Kind, running
 from infra.embedded import ready_file
+from infra.embedded.processes import age_s
 from infra.embedded.record import running_stack
+from infra.fleet import Fleet
+from infra.redis_client import connect_redis
 from producers.client import Client
 
 WORKER = "worker-0"
@@ -22,10 +25,11 @@ BETWEEN_S = 3.0
 
 
 class Start(NamedTuple):
-    """Seconds since the process began."""
+    """Seconds since the process began. steps: what the worker itself says of them, until it was ready."""
 
     ready_s: float
     first_result_s: float
+    steps: dict[str, float]
 
 
 def measure(effort: Effort, kind: Kind) -> Iterator[Figure]:
@@ -45,6 +49,7 @@ def measure(effort: Effort, kind: Kind) -> Iterator[Figure]:
         measured=median(start.ready_s for start in starts),
         unit="s",
         note=f"{models}; {spread(start.ready_s for start in starts)}",
+        details={"steps": [start.steps for start in starts]},
     )
     yield Figure(
         name="worker start: process to first result",
@@ -67,5 +72,7 @@ def restart(deployment: Deployment, client: Client) -> Start:
     psutil.wait_procs([killed])
     client.submit(NOOP, noop_payload(1)).result()
     answered = time.time()
-    began = deployment.processes()[WORKER].create_time()
-    return Start(ready_file(deployment.settings, WORKER).stat().st_mtime - began, answered - began)
+    began = time.time() - age_s(deployment.processes()[WORKER].pid)
+    ready_at = ready_file(deployment.settings, WORKER).stat().st_mtime
+    (beat,) = Fleet(connect_redis(deployment.settings)).workers()
+    return Start(ready_at - began, answered - began, beat.start)

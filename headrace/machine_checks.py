@@ -131,3 +131,16 @@ def engine_cache(settings: Settings) -> Finding:
     settings.engines.cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=settings.engines.cache_dir):
         return Finding("engine cache", "ok", f"{settings.engines.cache_dir} is writable")
+
+
+def engine_keys(settings: Settings) -> list[Finding]:
+    """Raises PipelineError for keys that are not as they should be. Without an object store that machines
+    share, none are needed."""
+    if keys := settings.engines.secrets():
+        found = f"engines are signed with {next(iter(keys))!r}, and shared"
+        return [Finding("engine keys", "ok", found)]
+    if not settings.objects_address.startswith("s3:"):
+        return []
+    found = "none, so engines are not shared: each machine builds its own"
+    remedy = "Set HEADRACE_ENGINES__KEYS_FILE to the same secret on all of them."
+    return [Finding("engine keys", "warn", found, remedy)]

@@ -106,7 +106,8 @@ class SlotToken(NamedTuple):
 
 
 class WorkerBeat(Struct, frozen=True, kw_only=True):
-    """A worker's sign of life. life: random per process. engines: `name/version` of what is loaded."""
+    """A worker's sign of life. life: random per process. engines: `name/version` of what is loaded.
+    start: seconds of its start by step, in order; cold_start_s: of all of it, 0 until it was ready."""
 
     worker: str
     life: str
@@ -119,6 +120,8 @@ class WorkerBeat(Struct, frozen=True, kw_only=True):
     engines: list[str]
     memory_bytes: int
     jobs_done: int
+    start: dict[str, float] = {}
+    cold_start_s: float = 0.0
 
 
 class LaneSnapshot(Struct, frozen=True):

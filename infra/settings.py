@@ -196,6 +196,22 @@ EngineKeyId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 EngineKey = Annotated[SecretStr, Field(min_length=32)]
 
 
+class TensorRTSettings(Section):
+    """Of the backends tensorrt and tensorrt-rtx; slots aside, what changes an engine makes it another one.
+    slots: batches of one engine on the device at once. target: for TensorRT-RTX, the GPUs that engines are
+    built for, such as sm89 or sm80,sm89 (empty: this machine's). workspace_bytes: most scratch memory of
+    a layer (0: any). The rest is TensorRT's alone: optimization_level, how long to look for faster kernels.
+    hardware_compatibility: on which other GPUs engines run as well, slower. version_compatible: later versions
+    of the same major load them too, slower."""
+
+    slots: int = Field(default=2, ge=1, le=8)
+    target: str = Field(default="", pattern=r"^(sm\d+(,sm\d+)*)?$")
+    workspace_bytes: int = Field(default=0, ge=0)
+    optimization_level: int = Field(default=3, ge=0, le=5)
+    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
+    version_compatible: bool = False
+
+
 class EngineSettings(Section):
     """Compiled engines. cache_dir, cache_bytes: on this machine. keys: by id, what manifests of engines are
     signed with; the first signs, all are accepted; as JSON in the environment, or in keys_file. With keys,
@@ -210,6 +226,7 @@ class EngineSettings(Section):
     build_wait_s: float = Field(default=600, ge=0)
     lease_s: float = Field(default=30, ge=1)
     failure_memory_s: float = Field(default=300, ge=0)
+    tensorrt: TensorRTSettings = TensorRTSettings()
 
     def secrets(self) -> dict[str, bytes]:
         """Reads keys_file. Raises PipelineError if it is not as it should be; what is in it is never shown."""

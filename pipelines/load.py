@@ -6,17 +6,25 @@ from contextlib import ExitStack
 
 from pipelines.bundle import Bundle
 from pipelines.engines import EngineCache, load_engine
-from pipelines.engines.engine import Engine
+from pipelines.engines.engine import Engine, OnStep, unheard
 from pipelines.model import LoadedModel
 from schemas.errors import InvalidModel
 
 
 def load_model(
-    bundle: Bundle, cache: EngineCache, *, budget_bytes: int, force: bool = False
+    bundle: Bundle,
+    cache: EngineCache,
+    *,
+    budget_bytes: int,
+    force: bool = False,
+    may_build: bool = True,
+    on_step: OnStep = unheard,
 ) -> LoadedModel:
     """Load every engine of a bundle, compiled first where the cache has none. The caller closes the model.
 
     budget_bytes: most engine memory it may take. force: compile again what failed to a moment ago.
+    may_build: if not, an engine that the cache has not is Transient("engine_not_built").
+    on_step: those of load_engine after the engine's role, then `prepare`.
     Raises InvalidModel, DeviceOutOfMemory, and Transient from the cache; then nothing stays loaded.
     """
     with ExitStack() as loaded:
@@ -30,13 +38,20 @@ def load_model(
                 cache=cache,
                 label=f"{bundle.config.name}/{bundle.config.version} {role}",
                 force=force,
+                may_build=may_build,
+                on_step=_of(role, on_step),
             )
             loaded.callback(engine.close)
             engines[role] = engine
         _check_memory(bundle, engines, budget_bytes)
         model = LoadedModel(bundle, engines)
+        on_step("prepare")
         loaded.pop_all()
     return model
+
+
+def _of(role: str, on_step: OnStep) -> OnStep:
+    return lambda step: on_step(f"{role} {step}")
 
 
 def _check_memory(bundle: Bundle, engines: dict[str, Engine], budget_bytes: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.bundle import Bundle
-from pipelines.engines.engine import Engine
+from pipelines.engines.engine import Engine, OnStep, unheard
 from pipelines.modalities import build_steps
 from pipelines.samples import sample_payload
 from schemas.errors import InferenceFailed, InvalidJob, InvalidModel
@@ -129,11 +129,12 @@ class LoadedModel:
             for spec in engine.inputs
         }
 
-    def warm(self) -> None:
-        """One run per bucket, so that the first jobs find memory and kernels ready."""
+    def warm(self, on_step: OnStep = unheard) -> None:
+        """One run per bucket, so that the first jobs find memory and kernels ready; each is a step."""
         row = self.sample_row()
         for bucket in self.config.batch.buckets:
             self.infer([row] * bucket)
+            on_step(f"warm {bucket}")
 
     def _prepare(self, prepare: Any, at: str) -> None:
         try:

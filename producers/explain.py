@@ -5,13 +5,40 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from producers.job_search import find_retry
 from schemas.errors import Transient
 from schemas.topics import JOB_TOPICS, lane_of
 
 if TYPE_CHECKING:
     from infra.fleet import DispatcherBeat, WorkerBeat
     from producers.client import Client
+    from schemas.jobs import Job
     from schemas.results import Outcome
+
+STALE_S = 60.0
+"""What a job waited for says little about one that is due again for longer."""
+
+ENGINE = (
+    "for the engine of {model} to be built for the workers' platform",
+    "See that a builder runs for that platform, and that no build failed: `headrace engines list`.",
+)
+CACHE = (
+    "for a worker that can use its engine cache",
+    "See how full the workers' disks are, and what their logs say.",
+)
+STORE = (
+    "for the object store, which is full or away",
+    "See `headrace doctor`.",
+)
+WAITS_FOR = {
+    "engine_not_built": ENGINE,
+    "engine_build_busy": ENGINE,
+    "engine_cache_unavailable": CACHE,
+    "disk_full": CACHE,
+    "storage_full": STORE,
+    "storage_unavailable": STORE,
+}
+"""What a job waits for, by the code that a worker had, and what to look at."""
 
 
 def explain_job(client: Client, job_id: str) -> list[str]:
@@ -19,12 +46,13 @@ def explain_job(client: Client, job_id: str) -> list[str]:
     outcome = client.status(job_id)
     if outcome.ended:
         return [_ended(outcome)]
-    reasons = []
+    put_off = find_retry(client.log, job_id)
+    reasons = _why_put_off(put_off, time.time()) if put_off else []
     try:
         reasons += _fleet(client, outcome)
     except Transient as error:
         reasons.append(f"The stack is not running: {error.message} The job runs once it is up.")
-    return [_state(outcome), *reasons, *_queue(client, outcome)]
+    return [_state(outcome, put_off), *reasons, *_queue(client, outcome)]
 
 
 def _ended(outcome: Outcome) -> str:
@@ -33,11 +61,24 @@ def _ended(outcome: Outcome) -> str:
     return f"It does not wait: it ended as {outcome.status} after {took_s:.2f} s{reason}."
 
 
-def _state(outcome: Outcome) -> str:
-    age_s = time.time() - outcome.submitted_at
-    if outcome.status == "running":
+def _state(outcome: Outcome, put_off: Job | None) -> str:
+    now = time.time()
+    age_s = now - outcome.submitted_at
+    if outcome.status == "running" and not (put_off and put_off.not_before > now):
         return f"It is with a worker; it was submitted {age_s:.1f} s ago."
     return f"It is accepted and waits since {age_s:.1f} s."
+
+
+def _why_put_off(job: Job, now: float) -> list[str]:
+    if now - job.not_before > STALE_S:
+        return []
+    due = "is tried next at" if job.not_before > now else "is due again since"
+    due = f"it {due} {clock(job.not_before)}."
+    if job.waits_for is None:
+        return [f"{job.attempt} of its attempts failed; {due}"] if job.attempt else []
+    what, look = WAITS_FOR.get(job.waits_for, ("for no fault of its own", "See the workers' logs."))
+    model = f"{job.model}/{job.version}"
+    return [f"It waits {what.format(model=model)} ({job.waits_for}); {due}", look]
 
 
 def _fleet(client: Client, outcome: Outcome) -> list[str]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterator
 
 from infra.eventlog import EventLog, Record
 from schemas.errors import InvalidJob
-from schemas.jobs import read_job, submitted_near
+from schemas.jobs import Job, read_job, submitted_near
 from schemas.results import Outcome, decode_outcome, outcome_of
-from schemas.topics import JOB_TOPICS, RESULTS, TOPIC_BY_NAME
+from schemas.topics import JOB_TOPICS, RESULTS, RETRY, TOPIC_BY_NAME
 
 CLOCK_MARGIN_S = 2.0
 
@@ -40,6 +40,15 @@ def find_job(log: EventLog, job_id: str) -> Outcome | None:
         if record.key == job_id:
             return _queued(record)
     return None
+
+
+def find_retry(log: EventLog, job_id: str) -> Job | None:
+    """The job as it was last put off, with why and until when; None if it never was."""
+    found = None
+    for record in log.read([RETRY], _since(job_id)):
+        if record.key == job_id:
+            found = read_job(RETRY, record.headers, record.value, record.time)
+    return found
 
 
 def recent_jobs(

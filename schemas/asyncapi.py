@@ -209,7 +209,7 @@ MESSAGES: Json = {
     ),
     "retry": _message(
         "A job to run again, with what happened so far. Believed only here.",
-        _object(headers.JOB | headers.HISTORY, [*headers.JOB_REQUIRED, *headers.HISTORY]),
+        _object(headers.JOB | headers.HISTORY, [*headers.JOB_REQUIRED, *headers.HISTORY_REQUIRED]),
         BYTES,
         examples=[_example("text", retry_headers(JOB), job_value(JOB))],
     ),

@@ -77,11 +77,16 @@ JOB: Json = {
         "Which redrive of a dead letter this is.", minLength=1, maxLength=KEY_LIMIT_CHARS
     ),
 }
+HISTORY_REQUIRED = ["ce_jobtopic", "ce_attempt", "ce_suspect", "ce_notbefore"]
 HISTORY: Json = {
     "ce_jobtopic": _text("Where the job was first appended.", enum=list(JOB_TOPICS)),
     "ce_attempt": _matching(WHOLE, "Failed attempts so far."),
     "ce_suspect": _text("1: was being run when a worker died.", enum=["0", "1"]),
     "ce_notbefore": _time("Not run before."),
+    "ce_waitsfor": _text(
+        "Code of the error that keeps it from being run: docs/job-errors.md. Such a run is no attempt.",
+        minLength=1,
+    ),
 }
 REASON_REQUIRED = [
     "x-original-topic",

@@ -63,7 +63,9 @@ ATTRIBUTE_HEADERS = frozenset(
         "content-type",
     }
 )
-HISTORY_HEADERS = frozenset({"ce_jobtopic", "ce_attempt", "ce_suspect", "ce_notbefore"})
+HISTORY_HEADERS = frozenset(
+    {"ce_jobtopic", "ce_attempt", "ce_suspect", "ce_notbefore", "ce_waitsfor"}
+)
 """What only the dispatcher writes, and only to the retry topic."""
 
 VALUE_DROPPED = "x-value-dropped"
@@ -92,9 +94,10 @@ class Job(Struct, frozen=True, kw_only=True):
     topic: where it was first appended, which fixes modality and lane. version: None until it is pinned.
     priority: 0 to 9, higher first, within its lane. key: the caller's idempotency key.
     reply_to: the client to notify. attempt: failed attempts so far. suspect: was being run when a
-    worker died. not_before, submitted_at, deadline_at: seconds since the epoch. replay: which redrive
-    of a dead letter this is. signature: proof of the tenant, not checked yet. foreign: the headers that
-    mean nothing here, in binary mode's spelling; retries and dead letters keep them.
+    worker died. not_before, submitted_at, deadline_at: seconds since the epoch. waits_for: code of the
+    error that keeps it from being run through no fault of its own. replay: which redrive of a dead letter
+    this is. signature: proof of the tenant, not checked yet. foreign: the headers that mean nothing here, in
+    binary mode's spelling; retries and dead letters keep them.
     """
 
     id: str
@@ -113,6 +116,7 @@ class Job(Struct, frozen=True, kw_only=True):
     attempt: int = 0
     suspect: bool = False
     not_before: float = 0.0
+    waits_for: str | None = None
     replay: str | None = None
     signature: str | None = None
     foreign: dict[str, str] = {}
@@ -196,12 +200,15 @@ def job_headers(job: Job) -> dict[str, str]:
 
 def retry_headers(job: Job) -> dict[str, str]:
     """Headers of a job that waits in the retry topic: where it came from and what happened to it."""
-    return job_headers(job) | {
+    history = {
         "ce_jobtopic": job.topic,
         "ce_attempt": str(job.attempt),
         "ce_suspect": str(int(job.suspect)),
         "ce_notbefore": rfc3339(job.not_before),
     }
+    if job.waits_for:
+        history["ce_waitsfor"] = job.waits_for
+    return job_headers(job) | history
 
 
 def job_value(job: Job) -> bytes:
@@ -279,6 +286,7 @@ def _with_history(job: Job, field: Fields) -> Job:
         attempt=field.number("ce_attempt", 0),
         suspect=field.headers.get("ce_suspect") == "1",
         not_before=field.when("ce_notbefore", 0.0),
+        waits_for=field.headers.get("ce_waitsfor") or None,
     )
 
 

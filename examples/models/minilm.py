@@ -36,11 +36,15 @@ SAMPLE = "The striker scored twice in the last ten minutes of the match."
 
 EMBEDDER_YAML = """\
 name: minilm-embed
-version: 1
+version: 2
 modality: text
 description: What a sentence means, as 384 numbers
 engines:
-  main: {file: model.onnx}
+  main:
+    file: model.onnx
+    shapes:                       # how many tokens a text has: TensorRT must know
+      input_ids: {min: [1], opt: [64], max: [256]}
+      attention_mask: {min: [1], opt: [64], max: [256]}
 tokenizer: tokenizer.json
 sample: sample.txt
 
@@ -58,11 +62,15 @@ batch:
 
 CLASSIFIER_YAML = """\
 name: minilm-topics
-version: 1
+version: 2
 modality: text
 description: What a sentence is about, out of the labels below
 engines:
-  main: {file: model.onnx}
+  main:
+    file: model.onnx
+    shapes:                       # how many tokens a text has: TensorRT must know
+      input_ids: {min: [1], opt: [64], max: [256]}
+      attention_mask: {min: [1], opt: [64], max: [256]}
 tokenizer: tokenizer.json
 sample: sample.txt
 

@@ -37,12 +37,15 @@ NAME = "whisper-tiny-en"
 
 MODEL_YAML = """\
 name: whisper-tiny-en
-version: 1
+version: 2
 modality: audio
 description: English speech to text, up to 30 seconds
 engines:
   encoder: {file: encoder.onnx}
-  decoder: {file: decoder.onnx}
+  decoder:
+    file: decoder.onnx
+    shapes:                       # what was said before, up to max_tokens: TensorRT must know
+      past_kv: {min: [8, 6, 0, 64], opt: [8, 6, 64, 64], max: [8, 6, 225, 64]}
 tokenizer: tokenizer.json
 sample: sample.wav
 

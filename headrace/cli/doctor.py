@@ -66,6 +66,7 @@ def _checks(settings: Settings) -> Iterator[tuple[str, Check]]:
         yield "object store", machine.object_folder
     yield "models", machine.models
     yield "engine cache", machine.engine_cache
+    yield "engine keys", machine.engine_keys
 
 
 def _tried(name: str, check: Check, settings: Settings) -> Finding | Sequence[Finding]:

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from headrace.cli.jobs import progress_bar
 from infra.catalogue import Catalogue
+from pipelines.build import Wanted, engines_of, see_built
 from pipelines.bundle import Bundle
-from pipelines.engines import EngineCache, build_engine
+from pipelines.engines import EngineCache
 from pipelines.engines.build_log import shown
-from pipelines.engines.reach import StoreUnavailable
 from schemas.errors import InvalidJob, PipelineError
-from schemas.models import EngineConfig
-
-
-class Wanted(NamedTuple):
-    """One engine of a bundle. label: for people."""
-
-    bundle: Bundle
-    config: EngineConfig
-    label: str
 
 
 class Built(Struct, frozen=True, kw_only=True):
@@ -46,14 +35,7 @@ class Built(Struct, frozen=True, kw_only=True):
 def wanted(models: Iterable[str], catalogue: Catalogue, backend: str | None) -> list[Wanted]:
     """The engines of models that are named by a folder, or as `name` or `name/version` in the catalogue.
     backend: instead of the one that model.yaml says. Raises InvalidJob, InvalidModel and Transient."""
-    found = []
-    for model in models:
-        bundle = _bundle(model, catalogue)
-        name = f"{bundle.config.name}/{bundle.config.version}"
-        for role, config in bundle.config.engines.items():
-            chosen = replace(config, backend=backend) if backend else config
-            found.append(Wanted(bundle, chosen, f"{name} {role}"))
-    return found
+    return [engine for model in models for engine in engines_of(_bundle(model, catalogue), backend)]
 
 
 def build_all(
@@ -80,38 +62,21 @@ def _build(
     force: bool,
     on_wait: Callable[[], None],
 ) -> Built:
-    bundle = engine.bundle
     try:
-        artefact = build_engine(
-            bundle.path(engine.config.file),
-            engine.config,
-            bundle.config.batch.buckets,
-            cache=cache,
-            target=target,
-            label=engine.label,
-            force=force,
-            on_wait=on_wait,
-        )
+        cached = see_built(engine, cache, target=target, force=force, on_wait=on_wait)
     except PipelineError as error:
         return Built(engine=engine.label, error=f"{error.code}: {error.message}")
-    artefact.release()
-    trace = artefact.trace
-    shared, fault = trace.origin == "built" and cache.store is not None, trace.store_fault
-    if trace.origin == "local":
-        try:
-            shared = cache.share(trace.key)
-        except StoreUnavailable as error:
-            fault = str(error)
+    trace = cached.trace
     return Built(
         engine=engine.label,
         key=trace.key,
         origin=trace.origin,
-        shared=shared and fault is None,
+        shared=cached.shared,
         wait_s=trace.wait_s,
         fetch_s=trace.fetch_s,
         build_s=trace.build_s,
         publish_s=trace.publish_s,
-        store_fault=fault,
+        store_fault=cached.store_fault,
     )
 
 

@@ -244,7 +244,10 @@ def _show_jobs(found: Status) -> None:
             console.print(f"Dispatcher {beat.slot} is in trouble: {beat.trouble}", style="yellow")
     for worker in found.workers:
         engines = ", ".join(worker.engines) or "no engine"
-        output.print(f"{worker.worker}: {worker.jobs_done} jobs done, holds {engines}")
+        start = (
+            f", ready {worker.cold_start_s:.1f} s after its start" if worker.cold_start_s else ""
+        )
+        output.print(f"{worker.worker}: {worker.jobs_done} jobs done, holds {engines}{start}")
     if found.models is not None:
         output.print(f"models installed: {found.models}")
 

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,17 @@ def start_of(pid: int) -> float | None:
         return None
     state, *fields = stat.rpartition(")")[2].split()
     return None if state in "ZX" else float(fields[18])
+
+
+def age_s(pid: int) -> float:
+    """How long ago the process started, to a hundredth of a second. Raises ProcessLookupError if it is dead."""
+    start = start_of(pid)
+    if start is None:
+        raise ProcessLookupError(pid)
+    if sys.platform != "linux":
+        return time.time() - start
+    # psutil's is off by up to a second: the kernel tells when it booted in whole ones.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
 
 
 def send_signal(pid: int, signum: signal.Signals) -> None:

@@ -7,9 +7,9 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from infra.embedded import announced_ready, ready_file, redis_server
 from infra.embedded.child import ChildSpec
@@ -70,7 +70,10 @@ def child_specs(settings: Settings) -> list[ChildSpec]:
 
     Raises PipelineError (redis_server_missing, socket_folder_unsafe).
     """
-    specs = [_python_child(settings, "dispatcher", "workers.dispatcher.main", stage=1)]
+    specs = [
+        _python_child(settings, "dispatcher", "workers.dispatcher.main", stage=1),
+        _python_child(settings, "builder", "workers.builder.main", stage=1),
+    ]
     for number in range(settings.stack.workers):
         name = f"worker-{number}"
         own = {"HEADRACE_WORKER__NAME": name}
@@ -84,17 +87,15 @@ def child_specs(settings: Settings) -> list[ChildSpec]:
 
 def environment(settings: Settings) -> dict[str, str]:
     """These settings as variables, from which `load_settings` makes them again. Holds secrets."""
-    variables: dict[str, object] = {}
-    for name, value in settings:
+    return dict(_variables(settings, "HEADRACE_"))
+
+
+def _variables(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in section:
         if isinstance(value, Section):
-            variables |= {f"{name}__{key}": inner for key, inner in value}
-        else:
-            variables[name] = value
-    return {
-        f"HEADRACE_{name}".upper(): _as_text(value)
-        for name, value in variables.items()
-        if value is not None
-    }
+            yield from _variables(value, f"{prefix}{name.upper()}__")
+        elif value is not None:
+            yield f"{prefix}{name.upper()}", _as_text(value)
 
 
 def end_orphans(settings: Settings, report: Report) -> None:

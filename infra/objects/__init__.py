@@ -10,12 +10,14 @@ import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote
 
-from infra.settings import S3Settings, Settings, load_settings
 from schemas.errors import InvalidJob, PipelineError
 from schemas.payloads import Ref
+
+if TYPE_CHECKING:
+    from infra.settings import S3Settings, Settings
 
 KEY_LIMIT_BYTES = 512
 SEGMENT_LIMIT_BYTES = 200
@@ -56,6 +58,10 @@ class ObjectStore(Protocol):
         Raises InvalidJob (object_mismatch; object_too_large without reading them).
         """
 
+    def fetch_into(self, ref: Ref, file: BinaryIO) -> None:
+        """The same, written to a file from where it stands, as the bytes come: where this raises, what was
+        written is worth nothing. What goes wrong in writing comes as it is."""
+
     def open(self, key: str) -> BinaryIO:
         """For reading in pieces; the caller closes it. A later put or delete does not change it."""
 
@@ -88,7 +94,7 @@ def open_objects(url: str, s3: S3Settings | None = None) -> ObjectStore:
 
         return FileObjects(Path(unquote(rest)))
     if scheme == "s3" and separator:
-        return _open_s3(url, s3 or load_settings().s3)
+        return _open_s3(url, s3)
     raise PipelineError(
         "settings_invalid",
         "Object store: expected file:///an/absolute/folder or s3://host:port/bucket, came"
@@ -101,7 +107,9 @@ def connect_objects(settings: Settings) -> ObjectStore:
     return open_objects(settings.objects_address, settings.s3)
 
 
-def _open_s3(url: str, settings: S3Settings) -> ObjectStore:
+def _open_s3(url: str, settings: S3Settings | None) -> ObjectStore:
+    from infra.settings import load_settings
+
     try:
         from infra.objects.s3 import S3Objects
     except ModuleNotFoundError as error:
@@ -109,7 +117,7 @@ def _open_s3(url: str, settings: S3Settings) -> ObjectStore:
             "extra_missing",
             f"Object store: s3:// needs the package {error.name}; pip install 'headrace[s3]'.",
         ) from error
-    return S3Objects(url, settings)
+    return S3Objects(url, settings or load_settings().s3)
 
 
 def check_key(key: str) -> str:
@@ -127,14 +135,18 @@ def check_key(key: str) -> str:
 
 def check_content(ref: Ref, data: bytes) -> bytes:
     """The data itself. Raises InvalidJob (object_mismatch) unless it is what the reference says."""
-    digest = hashlib.sha256(data).hexdigest()
-    if len(data) != ref.size_bytes or digest != ref.sha256:
+    check_digest(ref, len(data), hashlib.sha256(data).hexdigest())
+    return data
+
+
+def check_digest(ref: Ref, size_bytes: int, sha256: str) -> None:
+    """Raises InvalidJob (object_mismatch) unless they are what the reference says."""
+    if (size_bytes, sha256) != (ref.size_bytes, ref.sha256):
         raise InvalidJob(
             "object_mismatch",
             f"Object {ref.key}: expected {ref.size_bytes} bytes with SHA-256 {ref.sha256}, found"
-            f" {len(data)} bytes with {digest}; put it again and refer to what `put` returned.",
+            f" {size_bytes} bytes with {sha256}; put it again and refer to what `put` returned.",
         )
-    return data
 
 
 def _is_sane(segment: str) -> bool:

@@ -56,6 +56,9 @@ class FileObjects:
     def fetch(self, ref: Ref) -> bytes:
         return check_content(ref, self.get(ref.key, max_bytes=ref.size_bytes))
 
+    def fetch_into(self, ref: Ref, file: BinaryIO) -> None:
+        file.write(self.fetch(ref))
+
     def open(self, key: str) -> BinaryIO:
         path = self._path(key)
         with _translated(key):

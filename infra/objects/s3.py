@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import ProtocolError
 
-from infra.objects import ObjectExists, ObjectInfo, check_content, check_key
+from infra.objects import ObjectExists, ObjectInfo, check_content, check_digest, check_key
 from infra.objects.local_copies import LocalCopies, on_disk
 from infra.objects.s3_bucket import Bucket, parse
 from infra.objects.s3_errors import UploadGone
@@ -31,6 +31,8 @@ LARGE_BYTES = 64 * 1024 * 1024
 PART_BYTES = 16 * 1024 * 1024
 PARTS_AT_ONCE = 3
 CHUNK_BYTES = 1024 * 1024
+FETCH_CHUNK_BYTES = 256 * 1024
+"""Small, because the last one is waited for: hashed and written when all else is."""
 
 SHA256 = "x-amz-meta-sha256"
 PUT_ID = "x-amz-meta-put"
@@ -80,18 +82,28 @@ class S3Objects:
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         def consume(response: BaseHTTPResponse) -> bytes:
-            size_bytes = _size_bytes(response)
-            if size_bytes > max_bytes:
-                raise InvalidJob(
-                    "object_too_large",
-                    f"Object {key}: expected at most {max_bytes} bytes, it has {size_bytes}.",
-                )
+            _check_size(response, key, max_bytes)
             return response.read(decode_content=False)
 
         return self._bucket.read(check_key(key), consume)
 
     def fetch(self, ref: Ref) -> bytes:
         return check_content(ref, self.get(ref.key, max_bytes=ref.size_bytes))
+
+    def fetch_into(self, ref: Ref, file: BinaryIO) -> None:
+        """Hashes and writes what has come while the rest is on its way."""
+        start = file.tell()
+
+        def consume(response: BaseHTTPResponse) -> None:
+            _check_size(response, ref.key, ref.size_bytes)
+            file.seek(start)
+            digest = hashlib.sha256()
+            for chunk in response.stream(FETCH_CHUNK_BYTES, decode_content=False):
+                digest.update(chunk)
+                file.write(chunk)
+            check_digest(ref, file.tell() - start, digest.hexdigest())
+
+        self._bucket.read(check_key(ref.key), consume)
 
     def open(self, key: str) -> BinaryIO:
         """All of it is read before the first byte is given: what goes wrong goes wrong here."""
@@ -242,6 +254,15 @@ def _is_key(name: str) -> bool:
         return bool(check_key(name))
     except InvalidJob:
         return False
+
+
+def _check_size(response: BaseHTTPResponse, key: str, max_bytes: int) -> None:
+    size_bytes = _size_bytes(response)
+    if size_bytes > max_bytes:
+        raise InvalidJob(
+            "object_too_large",
+            f"Object {key}: expected at most {max_bytes} bytes, it has {size_bytes}.",
+        )
 
 
 def _size_bytes(response: BaseHTTPResponse) -> int:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from infra.objects import ObjectStore
-from infra.settings import Settings
+from pipelines.engines.backends import Backends
 from pipelines.engines.cache import Artefact, EngineCache
 from pipelines.engines.digest import model_digest
-from pipelines.engines.engine import Backend, DeviceOutOfMemory, Engine, Profile, TensorSpec
+from pipelines.engines.engine import (
+    Backend,
+    DeviceOutOfMemory,
+    Engine,
+    OnStep,
+    Profile,
+    TensorSpec,
+    unheard,
+)
 from pipelines.engines.flight import Build
-from pipelines.engines.precision import PRECISIONS, Lowering
+from pipelines.engines.machine_cache import MachineCache
+from pipelines.engines.precision import Lowering
 from pipelines.engines.signing import Keyring
 from pipelines.engines.store import EngineStore
-from schemas.errors import InvalidModel, Transient
+from schemas.errors import Transient
 from schemas.models import EngineConfig
+
+if TYPE_CHECKING:
+    from infra.objects import ObjectStore
+    from infra.settings import Settings
 
 __all__ = [
     "Artefact",
@@ -38,12 +49,21 @@ _KEY_SCHEMA = 1
 """Raise it when artefacts of the same parts must not be used any longer."""
 
 
+_DEFAULT = Backends()
+
+
+class _ConfiguredCache(EngineCache):
+    """What `open_cache` gives: it comes with the backends as the settings want them."""
+
+    backends: Backends
+
+
 def open_cache(settings: Settings, objects: ObjectStore) -> EngineCache:
     """The cache of this machine; with keys to sign with, engines are shared through the object store
     too. Opens no connection. Raises PipelineError (settings_invalid)."""
     options = settings.engines
     keyring = Keyring(options.secrets())
-    return EngineCache(
+    cache = _ConfiguredCache(
         options.cache_dir,
         options.cache_bytes,
         keyring=keyring,
@@ -51,6 +71,8 @@ def open_cache(settings: Settings, objects: ObjectStore) -> EngineCache:
         build_wait_s=options.build_wait_s,
         failure_memory_s=options.failure_memory_s,
     )
+    cache.backends = Backends(options.tensorrt, MachineCache(cache.root / "machine", keyring))
+    return cache
 
 
 def load_engine(
@@ -64,16 +86,19 @@ def load_engine(
     force: bool = False,
     may_build: bool = True,
     on_wait: Callable[[], None] | None = None,
+    on_step: OnStep = unheard,
 ) -> Engine:
     """Load a model's engine, compiled first if the cache has none for this model and this machine.
 
     buckets: batch sizes it will run, ascending. threads: that one run may use. label: names it for
     people. force: compile again what failed to a moment ago. may_build: False where builds must not
-    run. on_wait: called when somebody else is compiling it.
+    run. on_wait: called when somebody else is compiling it. on_step: the steps are the backend's library
+    imported; the artefact at hand and verified, with its origin (see Trace); the engine loaded.
     The engine belongs to the caller; its artefact is leased until it is closed.
     Raises InvalidModel, DeviceOutOfMemory, or Transient (see EngineCache.get_or_build).
     """
-    backend = _backend(config.backend)
+    backend = _backends(cache).get(config.backend)
+    on_step("backend")
     key_parts, build = _recipe(backend, model, config, buckets, cache)
     artefact = cache.get_or_build(
         key_parts,
@@ -83,11 +108,13 @@ def load_engine(
         may_build=may_build,
         on_wait=on_wait,
     )
+    on_step(f"artefact ({artefact.trace.origin})")
     try:
         engine = backend.load(artefact.path, threads=threads)
     except BaseException:
         artefact.release()
         raise
+    on_step("load")
     engine.after_close(artefact.release)
     return engine
 
@@ -106,31 +133,16 @@ def build_engine(
     """See that the cache has a model's engine, without loading it. target: a device other than this
     machine's, in the backend's words. The others, and what is raised: see load_engine.
     The caller releases the artefact."""
-    backend = _backend(config.backend)
-    if target is not None:
-        backend = _for_target(backend, target)
+    backend = _backends(cache).get(config.backend, target)
     key_parts, build = _recipe(backend, model, config, buckets, cache)
     return cache.get_or_build(
         key_parts, build, label=label or model.name, force=force, on_wait=on_wait
     )
 
 
-@runtime_checkable
-class CrossBackend(Protocol):
-    """A backend that compiles for devices other than this machine's."""
-
-    def for_target(self, target: str) -> Backend:
-        """The same for this device, which its fingerprint names. Raises InvalidModel."""
-
-
-def _for_target(backend: Backend, target: str) -> Backend:
-    if isinstance(backend, CrossBackend):
-        return backend.for_target(target)
-    raise InvalidModel(
-        "engine_target_unsupported",
-        f"Expected a backend that compiles for other devices, {backend.name} compiles for the machine"
-        f" it runs on, not for {target!r}; build there, without a target.",
-    )
+def _backends(cache: EngineCache) -> Backends:
+    """A cache that no settings have opened takes them as they are."""
+    return cache.backends if isinstance(cache, _ConfiguredCache) else _DEFAULT
 
 
 def _recipe(
@@ -160,25 +172,3 @@ def _recipe(
         "fingerprint": backend.fingerprint(),
     }
     return key_parts, build
-
-
-@functools.cache
-def _backend(name: str) -> Backend:
-    """One of each per process. A backend's library is imported when a model first asks for it."""
-    if name == "onnxruntime":
-        from pipelines.engines.onnxruntime import OnnxRuntime
-
-        return OnnxRuntime()
-    if name == "onnxruntime-cuda":
-        from pipelines.engines.onnxruntime_cuda import OnnxRuntimeCuda
-
-        return OnnxRuntimeCuda()
-    if name == "openvino":
-        from pipelines.engines.openvino import OpenVino
-
-        return OpenVino()
-    if name in ("tensorrt", "tensorrt-rtx"):
-        from pipelines.engines.tensorrt import TensorRT
-
-        return TensorRT(name)
-    raise InvalidModel("unknown_backend", f"Expected {', '.join(PRECISIONS)}, got {name!r}.")

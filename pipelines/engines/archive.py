@@ -131,7 +131,11 @@ def _rejections() -> Iterator[None]:
         yield
     except Rejected as reason:
         raise PipelineError("engine_rejected", f"The file of engines: {reason}.") from reason
-    except (tarfile.TarError, EOFError) as error:
+    except (
+        tarfile.TarError,
+        EOFError,
+        ValueError,
+    ) as error:  # the last is of a header with no number
         raise PipelineError(
             "engine_rejected", f"Expected a tar file of engines, found another or a part: {error}."
         ) from error

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import structlog
-
 LINES = 500
 """The last of them: a failed build says why at its end."""
+
+LINE_CHARS = 2000
+"""A parser may print a whole graph in one line; the log is part of a manifest, which has a limit."""
 
 LOGGER = "headrace.engines"
 """Backends log under it, as `get_logger("engines.tensorrt")`."""
@@ -24,7 +25,7 @@ def recorded() -> Iterator[Callable[[], str]]:
     each has the lines of all.
     """
     lines: deque[str] = deque(maxlen=LINES)
-    with _listening(lines.append):
+    with _listening(lambda line: lines.append(line[:LINE_CHARS])):
         yield lambda: "\n".join(lines)
 
 
@@ -56,6 +57,8 @@ def _listening(take: Callable[[str], object]) -> Iterator[None]:
 
 class _Listener(logging.Handler):
     def __init__(self, take: Callable[[str], object]) -> None:
+        import structlog  # not at the top: see infra/logs.py
+
         super().__init__()
         self._take = take
         self.setFormatter(

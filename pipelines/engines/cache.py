@@ -1,11 +1,13 @@
 """The engine cache: compiled artefacts by the hash of all that they depend on. Knows no backend.
 
 Two tiers: this machine's disk (`disk.py`), and the fleet's object store (`store.py`) if there is one.
-How a miss becomes a hit is in `flight.py`.
+How a miss becomes a hit is in `flight.py`. A hit is on the way of every cold start: what only a miss needs, of the
+standard library too, is imported when there is one.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from pipelines.engines.disk import Disk, DiskEntry, errors_of_disk
 from pipelines.engines.failures import Failure
 from pipelines.engines.flight import Build, Flight, Order, Policy, Trace
 from pipelines.engines.locks import Lease
-from pipelines.engines.manifest import ARTEFACT, key_of
+from pipelines.engines.manifest import ARTEFACT, Rejected, key_of
 from pipelines.engines.signing import Keyring
 from pipelines.engines.store import EngineStore
 from schemas.errors import Transient
@@ -96,18 +98,32 @@ class EngineCache:
             flight = Flight(order, self.disk, self.store, self.keyring, self._policy)
             lease = flight.run()
         _log.info("engine_obtained", label=label, **msgspec.to_builtins(flight.trace))
-        self._tidy()
+        if flight.trace.origin == "built":
+            self._tidy()
+        elif flight.trace.origin == "store":  # who fetches an engine is in a hurry
+            threading.Thread(target=self._tidy, name="engine-tidy", daemon=True).start()
         return self._artefact(lease, flight.trace)
 
     def share(self, key: str) -> bool:
-        """Copy an engine of this machine to the object store, if it has none. Raises StoreUnavailable."""
-        lease = self.disk.find(key) if self.store and self.store.manifest(key) is None else None
-        if lease is None or self.store is None:
+        """Copy an engine of this machine to the object store, if it has none. Raises StoreUnavailable,
+        and Transient (engine_rejected) if it is found to be damaged; it is removed then."""
+        if self.store is None or self.store.manifest(key) is not None:
             return False
-        try:
-            return self.store.publish(key, self.disk.entry(key))
-        finally:
-            lease.release()
+        with errors_of_disk(self.root):
+            lease = self.disk.find(key)
+            if lease is None:
+                return False
+            try:
+                return self.store.publish(key, self.disk.entry(key))
+            except Rejected as reason:
+                self.disk.verify(key, self._policy.wait_s)
+                raise Transient(
+                    "engine_rejected",
+                    f"Expected the engine {key} as it was built: {reason}. It is removed, and built"
+                    " anew when it is next asked for.",
+                ) from reason
+            finally:
+                lease.release()
 
     def prune(self, max_bytes: int | None = None, *, dry_run: bool = False) -> list[DiskEntry]:
         """Remove from this disk what killed builders left, old failures, and the least recently used
@@ -116,7 +132,7 @@ class EngineCache:
             if not dry_run:
                 self.disk.clean(self._is_old)
             limit = self._max_bytes if max_bytes is None else max_bytes
-            return self.disk.evict(limit, dry_run=dry_run)
+            return self.disk.evict(limit, self._policy.clock(), dry_run=dry_run)
 
     def _artefact(self, lease: Lease, trace: Trace) -> Artefact:
         return Artefact(self.disk.entry(trace.key) / ARTEFACT, lease, trace)

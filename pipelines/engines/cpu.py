@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import subprocess
 import sys
 
 _OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate")
@@ -23,6 +22,8 @@ def cpu_fingerprint() -> dict[str, object]:
 def instruction_set() -> tuple[str, ...]:
     """What this CPU can do, in the words of its operating system, sorted."""
     if sys.platform == "darwin":
+        import subprocess  # elsewhere it would only make a cold start longer
+
         names = ("hw.optional", "machdep.cpu.features", "machdep.cpu.leaf7_features")
         listing = subprocess.run(["sysctl", *names], capture_output=True, text=True, check=False)
         return tuple(sorted(listing.stdout.splitlines()))

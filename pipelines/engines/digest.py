@@ -25,6 +25,10 @@ _SETTLED_NS = 2_000_000_000
 """A file changed so recently may change again unseen, within one tick of its clock."""
 
 
+NOTES_KEPT = 1000
+"""A model of which the note is gone is hashed once more."""
+
+
 class Note(Struct, frozen=True):
     """stamps: of the model and its external files, by path within the model's folder."""
 
@@ -57,6 +61,7 @@ def model_digest(model: Path, notes: Path) -> str:
         with contextlib.suppress(OSError):  # read-only or full: the next start hashes again
             notes.mkdir(parents=True, exist_ok=True)
             write_json(path, Note(stamps, digest.hexdigest()))
+            _forget_oldest(notes)
     return digest.hexdigest()
 
 
@@ -116,6 +121,13 @@ def _of_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
             yield from (attribute.t, *attribute.tensors)
             for graph in (attribute.g, *attribute.graphs):
                 yield from _of_graph(graph)
+
+
+def _forget_oldest(notes: Path) -> None:
+    """A model that is gone is never asked for again, and its note tells nobody."""
+    by_age = sorted(notes.iterdir(), key=lambda path: path.stat().st_mtime)
+    for path in by_age[:-NOTES_KEPT]:
+        path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -63,6 +61,9 @@ class Disk:
             _log.warning("engine_cache_entry_rejected", key=key, reason=str(reason))
             lease.release()
             return None
+        if not lease.is_of(entry):  # what was checked has just taken the place of what is leased
+            lease.release()
+            return None
         with suppress(OSError):  # a read-only cache remembers no last use
             os.utime(entry)
         return lease
@@ -78,6 +79,9 @@ class Disk:
     @contextmanager
     def workspace(self, key: str) -> Iterator[Path]:
         """A folder to make an entry in. Afterwards it is gone, unless it was put in its place."""
+        import shutil  # not at the top: see cache.py
+        import tempfile
+
         folder = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self._building))
         try:
             (folder / ARTEFACT).mkdir()
@@ -101,11 +105,10 @@ class Disk:
 
     def discard(self, key: str) -> None:
         """Remove an entry, under its lock. Whoever has its files open or mapped keeps them."""
-        entry = self.entry(key)
-        if entry.exists():
-            doomed = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=self._building))
-            entry.rename(doomed)
-            shutil.rmtree(doomed)
+        doomed = self._building / f"{key}.{os.urandom(8).hex()}"  # no folder: the disk may be full
+        with suppress(FileNotFoundError):
+            self.entry(key).rename(doomed)
+        _delete(doomed)
 
     def verify(self, key: str, wait_s: float) -> str | None:
         """What is wrong with the entry, compared in full. It is removed then; the next load fetches or
@@ -126,7 +129,8 @@ class Disk:
         return read_json(self._failed(key), Failure)
 
     def forget(self, key: str) -> None:
-        self._failed(key).unlink(missing_ok=True)
+        with suppress(OSError):
+            self._failed(key).unlink()
 
     def entries(self) -> list[DiskEntry]:
         """The least recently used first."""
@@ -142,9 +146,12 @@ class Disk:
             if failure := self.failure(path.stem):
                 yield path.stem, failure
 
-    def evict(self, max_bytes: int, *, dry_run: bool = False) -> list[DiskEntry]:
-        """Remove the least recently used entries until the rest fits; never a leased one."""
-        entries = self.entries()
+    def evict(self, max_bytes: int, now: float, *, dry_run: bool = False) -> list[DiskEntry]:
+        """Remove the least recently used entries until the rest fits; never a leased one.
+
+        What was used in the future, by a clock that went back, comes first: or it would stay until then.
+        """
+        entries = sorted(self.entries(), key=lambda entry: entry.used_at <= now)
         excess_bytes = sum(entry.size_bytes for entry in entries) - max_bytes
         evicted = []
         for entry in entries:
@@ -160,20 +167,18 @@ class Disk:
         """Remove what killed builders left, and failures that are old."""
         for path in self._building.glob("*"):
             key, _, suffix = path.name.partition(".")
-            with suppress(Transient), self.lock(key, wait_s=0):  # releasing removes the lock file
-                failure = self.failure(key)
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                elif suffix == "partial" or (
-                    suffix == "failed" and (failure is None or is_old(failure))
-                ):
-                    path.unlink(missing_ok=True)
+            with suppress(Transient), self.lock(key, wait_s=0):
+                failure = self.failure(key) if suffix == "failed" else None
+                if suffix != "lock" and (failure is None or is_old(failure)):
+                    _delete(path)  # a lock file goes when it is released
 
     def _remove_unused(self, key: str) -> bool:
         with suppress(Transient), self.lock(key, wait_s=0):
             if lease := Lease.take_alone(self.entry(key)):
-                self.discard(key)
-                lease.release()
+                try:
+                    self.discard(key)
+                finally:
+                    lease.release()
                 return True
         return False
 
@@ -203,6 +208,15 @@ def errors_of_disk(root: Path) -> Iterator[None]:
             + ("free some space" if full else "check the disk and its permissions")
             + " or give the engine cache another folder (HEADRACE_ENGINES__CACHE_DIR).",
         ) from error
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)  # what is left of it goes with the next `clean`
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _last_use(entry: Path) -> float | None:

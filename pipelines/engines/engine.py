@@ -22,6 +22,16 @@ from schemas.models import Precision, ShapeRange
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 
+OnStep = Callable[[str], None]
+"""Called with the name of a step of loading as it ends."""
+
+DEVICE_FAILED = "device_failed"
+"""Code of a Transient: whatever this process tries on the device fails from now on, another process may succeed."""
+
+
+def unheard(_step: str) -> None:
+    """Where nobody wants to know of the steps."""
+
 
 class DeviceOutOfMemory(Transient):
     """The device had no room for weights or activations. Retryable: smaller batch, or later."""

@@ -6,7 +6,7 @@ a build under the fleet's lease too. Where the store is away all goes on as if t
 
 from __future__ import annotations
 
-import socket
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,7 +17,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from infra.logs import get_logger
-from pipelines.engines.build_log import recorded
 from pipelines.engines.disk import Disk
 from pipelines.engines.failures import Failure
 from pipelines.engines.locks import Lease
@@ -150,19 +149,20 @@ class Flight:
         try:
             with self._timed("fetch_s"), self._disk.workspace(key) as folder:
                 store.download(store.check(signed, key), folder)
-                finish(folder, signed)
+                finish(folder, signed, durable=False)  # it can be fetched again
                 lease = self._disk.put(folder, key)
         except Rejected as reason:
             _log.warning("engine_store_entry_rejected", key=key, reason=str(reason))
             self._rejected = signed
             return None
-        store.note_use(key)
         self._note(origin="store")
         return lease
 
     def _build(self) -> Lease:
         self._refuse()
         order, clock = self._order, self._policy.clock
+        from pipelines.engines.build_log import recorded  # not at the top: see cache.py
+
         with recorded() as log, self._disk.workspace(order.key) as folder:
             try:
                 with self._timed("build_s"):
@@ -170,7 +170,7 @@ class Flight:
             except InvalidModel as error:
                 self._remember(Failure(error.code, error.message, clock(), order.label, log()))
                 raise
-            note = BuildNote(clock(), self.trace.build_s, socket.gethostname(), log())
+            note = BuildNote(clock(), self.trace.build_s, platform.node(), log())
             seal(folder, order.key_parts, self._keyring, order.label, note)
             lease = self._disk.put(folder, order.key)
         self._disk.forget(order.key)
@@ -199,11 +199,14 @@ class Flight:
         if not self._order.force:
             self._refuse_remembered()
         if not self._order.may_build:
+            fault = self.trace.store_fault
+            found = (
+                f"the object store cannot be used: {fault}" if fault else "nobody has built it yet"
+            )
             raise Transient(
                 "engine_not_built",
-                f"Expected a compiled engine for {self._order.label or self._order.key}, nobody has"
-                " built it for this machine yet; it is built in the build lane, or by"
-                " `headrace engines build`.",
+                f"Expected a compiled engine for {self._order.label or self._order.key} and this"
+                f" machine, {found}; it is built in the build lane, or by `headrace engines build`.",
             )
 
     def _refuse_remembered(self) -> None:
@@ -230,7 +233,7 @@ class Flight:
     def _host(self) -> str:
         """Names this cache folder among those of the fleet: whoever has its lock is alone in it."""
         root = self._disk.root.resolve()
-        return f"{socket.gethostname()}:{root}:{root.stat().st_ino}"
+        return f"{platform.node()}:{root}:{root.stat().st_ino}"
 
     @contextmanager
     def _timed(self, field: str) -> Iterator[None]:

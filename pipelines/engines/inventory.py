@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Literal
 
 from msgspec import Struct
@@ -62,8 +63,9 @@ def inventory(cache: EngineCache) -> Inventory:
 
 def _on_disk(cache: EngineCache) -> Iterator[EngineInfo]:
     for entry in cache.disk.entries():
-        path = cache.disk.entry(entry.key) / MANIFEST
-        signed = path.read_bytes() if path.exists() else b""
+        signed = b""
+        with suppress(FileNotFoundError):  # or evicted meanwhile
+            signed = (cache.disk.entry(entry.key) / MANIFEST).read_bytes()
         yield _judged(
             cache,
             signed,

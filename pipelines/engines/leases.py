@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from infra.logs import get_logger
 from infra.objects import ObjectExists, ObjectStore
+from pipelines.engines.manifest import UNDECODABLE
 from pipelines.engines.reach import StoreUnavailable, reached
 from schemas.errors import InvalidJob
 
@@ -125,5 +126,5 @@ class BuildLease:
             return msgspec.json.decode(data, type=_Content)
         except InvalidJob:
             return None
-        except (UnicodeDecodeError, msgspec.MsgspecError):
+        except UNDECODABLE:
             return _Content("", "", 0, self._mine.lease_s)

@@ -9,7 +9,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from schemas.errors import Transient
@@ -40,7 +40,8 @@ def exclusive(
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before letting go: nobody may lock a file about to vanish
+        with suppress(OSError):  # it stays where the disk has become read-only, which does no harm
+            path.unlink()  # before letting go: nobody may lock a file about to vanish
         os.close(fd)
 
 
@@ -72,12 +73,16 @@ class Lease:
     def _lock(cls, folder: Path, how: int) -> Lease | None:
         try:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if _flock(fd, how) and _still_at(folder, fd):
             return cls(fd)
         os.close(fd)
         return None
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether the folder at this path is still the leased one, not a successor."""
+        return self._fd is not None and _still_at(folder, self._fd)
 
     def release(self) -> None:
         """Idempotent."""

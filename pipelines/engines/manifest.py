@@ -2,12 +2,14 @@
 
 `manifest.json` names every file with its SHA-256, signed as a whole. It is written last and checked
 first. The files are compared in full once; then their inodes, sizes and times are noted beside
-them, and they are accepted by those until one of them changes.
+them, and they are accepted by those until one of them changes. Where the files may not be on disk yet,
+the note counts until the machine starts anew: after a power cut they are compared again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -32,6 +34,9 @@ MANIFEST_LIMIT_BYTES = 8 * 1024 * 1024
 
 PIECE_BYTES = 8 * 1024 * 1024
 """Files are hashed, and moved between machines, in pieces of this size."""
+
+UNDECODABLE = (UnicodeDecodeError, msgspec.MsgspecError, RecursionError)
+"""What decoding bytes from anywhere may raise; the last is of JSON that is nested too deeply."""
 
 Stamp = tuple[int, int, int, int]
 """Inode, size, times of the last change to bytes and to the inode, in ns. The last cannot be set
@@ -81,6 +86,14 @@ class _Signed(Struct, frozen=True):
     manifest: msgspec.Raw
 
 
+class _Accepted(Struct, frozen=True):
+    """The files as they were when they were found to be good. boot: the run of the machine that this is
+    good for; None: it is on disk for good, as they are."""
+
+    stamps: dict[str, Stamp]
+    boot: str | None
+
+
 def key_of(key_parts: dict[str, object]) -> str:
     canonical = json.dumps(key_parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -116,7 +129,7 @@ def _fill(file: RawIOBase, buffer: memoryview) -> int:
 def seal(
     entry: Path, key_parts: dict[str, object], keyring: Keyring, label: str, note: BuildNote
 ) -> None:
-    """Sign what was built, and make it durable."""
+    """Sign what was built, and make it durable: it may have taken minutes."""
     paths = _files(entry)
     files = {_name(entry, path): FileEntry(path.stat().st_size, sha256_of(path)) for path in paths}
     manifest = Manifest(key_of(key_parts), key_parts, label, files, note)
@@ -125,16 +138,14 @@ def seal(
     finish(entry, msgspec.json.encode(signed))
 
 
-def finish(entry: Path, signed: bytes) -> None:
-    """The last step of an entry whose files were compared with this manifest: make them durable.
+def finish(entry: Path, signed: bytes, *, durable: bool = True) -> None:
+    """The last step of an entry whose files were compared with this manifest.
 
-    The folders need not be: a name that a power cut takes away is found to be missing.
+    durable: whether it has to survive a power cut; what does not, shows. The folders are not waited
+    for: a name that a power cut takes away is found to be missing.
     """
-    for path in _files(entry):
-        _sync(path)
     (entry / MANIFEST).write_bytes(signed)
-    _sync(entry / MANIFEST)
-    write_json(entry / ACCEPTED, _stamps(entry))
+    _accept(entry, _stamps(entry), durable=durable)
 
 
 def open_manifest(signed: bytes, key: str, keyring: Keyring) -> Manifest:
@@ -145,12 +156,14 @@ def open_manifest(signed: bytes, key: str, keyring: Keyring) -> Manifest:
         if fault := keyring.fault(content, envelope.signature):
             raise Rejected(f"the manifest is not to be believed: {fault}")
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (UnicodeDecodeError, msgspec.MsgspecError) as error:
+    except UNDECODABLE as error:
         raise Rejected(f"the manifest is unreadable: {error}") from error
     if manifest.key != key or key_of(manifest.key_parts) != key:
         raise Rejected(f"expected the manifest of {key}, found that of {manifest.key}")
     if strange := [name for name in manifest.files if not _is_inside(name)]:
         raise Rejected(f"expected files of the artefact, the manifest names {strange}")
+    if partial := [name for name, file in manifest.files.items() if not _has_all_pieces(file)]:
+        raise Rejected(f"expected a SHA-256 for each {PIECE_BYTES} bytes, not so for {partial}")
     return manifest
 
 
@@ -162,13 +175,13 @@ def check(entry: Path, key: str, keyring: Keyring, *, full: bool = False) -> Man
     try:
         manifest = open_manifest((entry / MANIFEST).read_bytes(), key, keyring)
         stamps = _stamps(entry)
-        if not full and stamps == read_json(entry / ACCEPTED, dict[str, Stamp]):
+        if not full and _is_accepted(entry, stamps):
             return manifest
         compare(entry, manifest)
     except OSError as error:
         raise Rejected(f"unreadable: {error}") from error
     with contextlib.suppress(OSError):  # read-only or full: the next process compares again
-        write_json(entry / ACCEPTED, stamps)
+        _accept(entry, stamps, durable=True)
     return manifest
 
 
@@ -182,10 +195,36 @@ def compare(entry: Path, manifest: Manifest) -> None:
             raise Rejected(f"expected another SHA-256 for {name}: it is not what was built")
 
 
+def _accept(entry: Path, stamps: dict[str, Stamp], *, durable: bool) -> None:
+    boot = None if durable else _boot()
+    if boot is None:
+        for name in stamps:
+            _sync(entry / name)
+    write_json(entry / ACCEPTED, _Accepted(stamps, boot))
+
+
+def _is_accepted(entry: Path, stamps: dict[str, Stamp]) -> bool:
+    note = read_json(entry / ACCEPTED, _Accepted)
+    return note is not None and note.stamps == stamps and note.boot in (None, _boot())
+
+
+@functools.cache
+def _boot() -> str | None:
+    """This run of the machine, from its start to its end. None where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or None
+    except OSError:
+        return None
+
+
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     inside = len(path.parts) > 1 and path.parts[0] == ARTEFACT and ".." not in path.parts
-    return inside and path.as_posix() == name
+    return inside and path.as_posix() == name and "\0" not in name
+
+
+def _has_all_pieces(file: FileEntry) -> bool:
+    return file.size_bytes >= 0 and len(file.sha256) == -(-file.size_bytes // PIECE_BYTES)
 
 
 def _files(entry: Path) -> list[Path]:
@@ -197,7 +236,7 @@ def _files(entry: Path) -> list[Path]:
 
 
 def _stamps(entry: Path) -> dict[str, Stamp]:
-    return {_name(entry, path): stamp_of(path) for path in [entry / MANIFEST, *_files(entry)]}
+    return {_name(entry, path): stamp_of(path) for path in [*_files(entry), entry / MANIFEST]}
 
 
 def _name(entry: Path, path: Path) -> str:
@@ -208,7 +247,7 @@ def read_json(path: Path, type_: type[T]) -> T | None:
     """None if there is no such file or something else in it."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=type_)
-    except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError):
+    except (FileNotFoundError, *UNDECODABLE):
         return None
 
 

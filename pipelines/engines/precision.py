@@ -7,7 +7,6 @@ the backend. What comes out is run beside the unchanged model, and refused if it
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +80,8 @@ class Lowering:
         if self._accuracy is None or self._precision == "bfloat16":
             yield self._model
             return
+        import tempfile  # not at the top: see cache.py
+
         from pipelines.engines.quantise import quantised
 
         with tempfile.TemporaryDirectory(prefix="headrace-") as folder:

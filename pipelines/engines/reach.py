@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from schemas.errors import InvalidJob, PipelineError
+from schemas.errors import InvalidJob, PipelineError, Transient
 
 
-class StoreUnavailable(Exception):
-    """The object store did not answer as it should."""
+class StoreUnavailable(Transient):
+    """The object store did not answer as it should. Code: engine_store_unavailable."""
 
 
 @contextmanager
@@ -20,4 +20,4 @@ def reached() -> Iterator[None]:
     except InvalidJob:
         raise
     except PipelineError as error:
-        raise StoreUnavailable(error.message) from error
+        raise StoreUnavailable("engine_store_unavailable", error.message) from error

@@ -13,15 +13,14 @@ mix them: whose manifest is first, has made the entry.
 from __future__ import annotations
 
 import hashlib
+import io
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -33,6 +32,7 @@ from pipelines.engines.manifest import (
     MANIFEST,
     MANIFEST_LIMIT_BYTES,
     PIECE_BYTES,
+    UNDECODABLE,
     FileEntry,
     Manifest,
     Rejected,
@@ -47,8 +47,11 @@ from schemas.payloads import Ref
 FOLDER = "engines"
 LEASE, FAILED, USED = "lease.json", "failed.json", "used"
 
-AT_ONCE = 2
-"""Pieces that are on their way at a time: while one is transferred, another is hashed and written."""
+AT_ONCE = 4
+"""Pieces that are on their way at a time: while one is asked for or ends, the others keep the line busy."""
+
+AFTER_S = 0.01
+"""So much later than the requests for pieces their use is noted: they are not to wait for it."""
 
 IN_USE_S = 3600.0
 """An entry that was built or fetched so recently, or a lease so young, is not pruned."""
@@ -98,23 +101,20 @@ class EngineStore:
 
     def download(self, manifest: Manifest, folder: Path) -> None:
         """Write the files of a manifest that was checked. Raises Rejected if one is not as the manifest
-        says, and OSError."""
+        says, and OSError; what is written then is worth nothing."""
+        from concurrent.futures import ThreadPoolExecutor  # not at the top: see cache.py
+
+        pieces = []
+        for name, file in manifest.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            pieces += [(path, piece) for piece in _pieces(file)]
         with ThreadPoolExecutor(AT_ONCE, "engine") as pool:
-            for name, file in manifest.files.items():
-                path = folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch()
-                list(pool.map(partial(self._fetch, manifest.key, path), _pieces(file)))
-
-    def note_use(self, key: str) -> None:
-        """Leave a trace for `prune`, without waiting: whoever fetches an engine is in a hurry. Who may
-        only read the store leaves none."""
-
-        def touch() -> None:
-            with suppress(StoreUnavailable), reached():
-                self._objects.put(_name(key, USED), b"")
-
-        threading.Thread(target=touch, name="engine-use", daemon=True).start()
+            fetched = pool.map(lambda wanted: self._fetch(manifest.key, *wanted), pieces)
+            self._note_use(manifest.key)
+            for _ in fetched:
+                pass  # the first that fails ends the rest
 
     def publish(self, key: str, entry: Path, *, replace: bool = False) -> bool:
         """Copy an entry of this machine to the store. False: there is one already.
@@ -143,7 +143,7 @@ class EngineStore:
 
     def failure(self, key: str) -> Failure | None:
         data = self._read(key, FAILED, MANIFEST_LIMIT_BYTES)
-        with suppress(UnicodeDecodeError, msgspec.MsgspecError):
+        with suppress(*UNDECODABLE):
             return msgspec.json.decode(data, type=Failure) if data else None
         return None
 
@@ -207,7 +207,7 @@ class EngineStore:
                 raise Rejected("it has no manifest")
             for file in self.check(signed, key).files.values():
                 for piece in _pieces(file):
-                    self._piece(key, piece)
+                    self._copy(key, piece, io.BytesIO())
         except Rejected as reason:
             return str(reason)
         return None
@@ -219,18 +219,28 @@ class EngineStore:
             for info in list(self._objects.list(_name(key))):
                 self._objects.delete(info.key)
 
+    def _note_use(self, key: str) -> None:
+        """Leave a trace for `prune`, while the line is busy: nobody waits for it. Who may only read the
+        store leaves none."""
+
+        def touch() -> None:
+            time.sleep(AFTER_S)
+            with suppress(StoreUnavailable), reached():
+                self._objects.put(_name(key, USED), b"")
+
+        threading.Thread(target=touch, name="engine-use", daemon=True).start()
+
     def _fetch(self, key: str, path: Path, piece: _Piece) -> None:
-        data = self._piece(key, piece)
         with path.open("r+b") as file:
             file.seek(piece.offset)
-            file.write(data)
+            self._copy(key, piece, file)
 
-    def _piece(self, key: str, piece: _Piece) -> bytes:
-        """Raises Rejected unless it is as the manifest says."""
+    def _copy(self, key: str, piece: _Piece, file: BinaryIO) -> None:
+        """Raises Rejected unless it is as the manifest says, and OSError."""
         try:
             with reached():
                 ref = Ref(_name(key, piece.sha256), piece.size_bytes, piece.sha256)
-                return self._objects.fetch(ref)
+                self._objects.fetch_into(ref, file)
         except InvalidJob as error:
             raise Rejected(error.message) from error
 

@@ -13,43 +13,19 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from msgspec import Struct, structs
-
+from infra.settings import TensorRTSettings
 from pipelines.engines.cuda import Device, open_cuda
 from pipelines.engines.engine import Engine, Profile
-from pipelines.engines.tensorrt_build import BuildOptions, build_plan
-from pipelines.engines.tensorrt_caches import MachineCache
+from pipelines.engines.machine_cache import Entry, MachineCache
+from pipelines.engines.tensorrt_build import build_plan
 from pipelines.engines.tensorrt_library import import_library
-from pipelines.engines.tensorrt_load import load_plan
-from pipelines.engines.tensorrt_validity import Validity, validity_of
-from schemas.errors import InvalidModel, PipelineError
+from pipelines.engines.tensorrt_load import Validity, load_plan, validity_of
+from schemas.errors import InvalidModel
 
 PLAN_FILE = "engine.plan"
 
 _CUDA_MAJORS = range(11, 20)
-_TARGET = re.compile(r"sm(\d+)")
-
-
-class Probe(Struct, frozen=True):
-    """What of a backend is here. version: of its library. missing: what is not, with the remedy."""
-
-    version: str | None
-    device: Device | None
-    missing: tuple[str, ...]
-
-
-def probe(name: str) -> Probe:
-    """name: of the backend. Imports its library; raises nothing."""
-    version, device, missing = None, None, []
-    try:
-        version = str(import_library(name).trt.__version__)
-    except PipelineError as error:
-        missing.append(error.message)
-    try:
-        device = open_cuda().device()
-    except PipelineError as error:
-        missing.append(error.message)
-    return Probe(version, device, tuple(missing))
+_TARGETS = re.compile(r"sm\d+(,sm\d+)*")
 
 
 class TensorRT:
@@ -58,39 +34,37 @@ class TensorRT:
     def __init__(
         self,
         name: str = "tensorrt",
-        options: BuildOptions | None = None,
-        *,
-        slots: int = 2,
-        machine_cache: Path | None = None,
+        settings: TensorRTSettings | None = None,
+        machine_cache: MachineCache | None = None,
     ) -> None:
-        """name: tensorrt or tensorrt-rtx. slots: batches of one engine on the device at once.
-        machine_cache: a folder for what this machine learns (see MachineCache); without it, nothing
-        is kept. Raises PipelineError("backend_missing"), and InvalidModel for unknown targets."""
+        """name: tensorrt or tensorrt-rtx. machine_cache: without it, nothing is kept of what is learnt.
+        Raises PipelineError("backend_missing"), and InvalidModel for unknown targets."""
         self.name = name
         self._library = import_library(name)
-        self.version: str = self._library.trt.__version__
-        self._options = options or BuildOptions()
-        self._slots = slots
+        self._settings = settings or TensorRTSettings()
         self._machine_cache = machine_cache
-        self._refuse_unknown(self._options.targets)
+        self._version_compatible = self._settings.version_compatible and not self._library.is_rtx
+        self._chosen_targets = _numbers(self._settings.target) if self._library.is_rtx else ()
+        self._refuse_unknown(self._chosen_targets)
+
+    @property
+    def version(self) -> str:
+        """Of the library; its major version alone where later ones shall load the same engines."""
+        exact: str = self._library.trt.__version__
+        return exact.partition(".")[0] if self._version_compatible else exact
 
     def for_target(self, target: str) -> TensorRT:
         """The same for other GPUs than this machine's: `sm89`, or several as `sm80,sm89`.
         Raises InvalidModel."""
-        targets = [_TARGET.fullmatch(word.strip().lower()) for word in target.split(",")]
-        if not self._library.is_rtx or None in targets:
+        words = target.lower().replace(" ", "")
+        if not self._library.is_rtx or not _TARGETS.fullmatch(words):
             raise InvalidModel(
                 "engine_target_unsupported",
                 f"Expected targets of tensorrt-rtx such as sm89 or sm80,sm89, got {target!r} of "
                 f"{self.name}; TensorRT builds on a machine with the GPU itself.",
             )
-        numbers = tuple(sorted({int(found[1]) for found in targets if found}))
-        return TensorRT(
-            self.name,
-            structs.replace(self._options, targets=numbers),
-            slots=self._slots,
-            machine_cache=self._machine_cache,
-        )
+        settings = self._settings.model_copy(update={"target": words})
+        return TensorRT(self.name, settings, self._machine_cache)
 
     def fingerprint(self) -> dict[str, object]:
         """Of an engine for TensorRT-RTX the same wherever it is built. Raises
@@ -99,35 +73,34 @@ class TensorRT:
             "os": platform.system(),
             "architecture": platform.machine(),
             "cuda": _cuda_major(self.name),
-            "workspace_bytes": self._options.workspace_bytes,
-            "tf32": self._options.tf32,
+            "workspace_bytes": self._settings.workspace_bytes,
         }
         if self._library.is_rtx:
             return common | {"targets": list(self._targets())}
         return common | {
             "device": self._device_key(open_cuda().device()),
-            "hardware_compatibility": self._options.hardware_compatibility,
-            "version_compatible": self._options.version_compatible,
-            "optimization_level": self._options.optimization_level,
+            "hardware_compatibility": self._settings.hardware_compatibility,
+            "version_compatible": self._version_compatible,
+            "optimization_level": self._settings.optimization_level,
         }
 
     def compile(self, model: Path, profile: Profile, into: Path) -> None:
         """TensorRT needs the GPU for it; TensorRT-RTX only to find out which it is."""
         if self._library.is_rtx:
-            options = structs.replace(self._options, targets=self._targets())
-            plan = build_plan(self._library, model, profile, options, None)
+            targets = self._targets()
+            plan = build_plan(self._library, model, profile, self._settings, targets=targets)
         else:
             cuda = open_cuda()
             timings = self._timings(cuda.device())
             with cuda.active():
-                plan = build_plan(self._library, model, profile, self._options, timings)
+                plan = build_plan(self._library, model, profile, self._settings, timings=timings)
         (into / PLAN_FILE).write_bytes(plan)
 
     def validity(self, artefact: Path) -> Validity:
         """Whether `load` would take it here, as far as can be told without loading."""
-        plan = (artefact / PLAN_FILE).read_bytes()
         runtime = self._library.trt.Runtime(self._library.logger)
-        return validity_of(self._library, runtime, plan)
+        with (artefact / PLAN_FILE).open("rb") as plan:
+            return validity_of(self._library, runtime, plan)
 
     def load(self, artefact: Path, *, threads: int) -> Engine:
         """Runs each bucket once on each slot: all that a first run makes is made. threads: one anyway."""
@@ -135,20 +108,21 @@ class TensorRT:
             self._library,
             open_cuda(),
             artefact / PLAN_FILE,
-            slots=self._slots,
+            slots=self._settings.slots,
             machine_cache=self._machine_cache,
-            host_code=self._options.version_compatible,
+            host_code=self._version_compatible,
         )
 
     def _targets(self) -> tuple[int, ...]:
-        if self._options.targets:
-            return self._options.targets
+        if self._chosen_targets:
+            return self._chosen_targets
         target = open_cuda().device().compute_capability
         self._refuse_unknown((target,))
         return (target,)
 
     def _refuse_unknown(self, targets: tuple[int, ...]) -> None:
-        if not self._library.is_rtx:
+        """targets: of TensorRT-RTX; the classic library has none."""
+        if not targets:
             return
         known = [
             name for name in self._library.trt.ComputeCapability.__members__ if name[:2] == "SM"
@@ -162,7 +136,7 @@ class TensorRT:
 
     def _device_key(self, device: Device) -> dict[str, object]:
         """What of the GPU an engine depends on: less, the more others it shall run on."""
-        match self._options.hardware_compatibility:
+        match self._settings.hardware_compatibility:
             case "ampere_plus":
                 return {}
             case "same_compute_capability":
@@ -174,10 +148,15 @@ class TensorRT:
                     "memory_bytes": device.memory_bytes,
                 }
 
-    def _timings(self, device: Device) -> MachineCache | None:
+    def _timings(self, device: Device) -> Entry | None:
         if self._machine_cache is None:
             return None
-        return MachineCache(self._machine_cache, "timings", self.version, device)
+        return self._machine_cache.entry("timings", self._library.trt.__version__, device)
+
+
+def _numbers(targets: str) -> tuple[int, ...]:
+    """Compute capabilities, ascending: 80 and 89 of `sm89,sm80`."""
+    return tuple(sorted({int(number) for number in re.findall(r"\d+", targets)}))
 
 
 def _cuda_major(name: str) -> int | None:

@@ -1,22 +1,26 @@
-"""From a plan to an engine that runs: deserialised, with its slots, contexts and CUDA graphs made."""
+"""From a plan to an engine that runs: deserialised if it fits this machine, with its slots, contexts and CUDA
+graphs made."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
+
+from msgspec import Struct
 
 from pipelines.engines.cuda import Cuda
-from pipelines.engines.tensorrt_caches import MachineCache
+from pipelines.engines.engine import DeviceOutOfMemory
+from pipelines.engines.machine_cache import Entry, MachineCache
 from pipelines.engines.tensorrt_context import BucketContext
 from pipelines.engines.tensorrt_engine import Loaded, TensorRTEngine
 from pipelines.engines.tensorrt_library import Library, checked, errors
 from pipelines.engines.tensorrt_tensors import Bucket, Tensors, tensors_of
-from pipelines.engines.tensorrt_validity import validity_of
 from schemas.errors import InvalidModel
 
 _SAMPLE_BYTES = 64 * 1024
+_NO_ROOM = "INSUFFICIENT_GPU_MEMORY"
 
 
 def load_plan(
@@ -25,7 +29,7 @@ def load_plan(
     path: Path,
     *,
     slots: int,
-    machine_cache: Path | None,
+    machine_cache: MachineCache | None,
     host_code: bool,
 ) -> TensorRTEngine:
     """host_code: whether the plan may hold code for this machine's CPU, as plans do that newer versions
@@ -62,7 +66,7 @@ def _deserialized(library: Library, runtime: Any, path: Path) -> Any:
                 "engine_unusable", f"Expected {doing} to succeed: {error}."
             ) from error
         with plan:
-            validity_of(library, runtime, plan).refuse_bad(path.name)
+            validity_of(library, runtime, file).refuse_bad(path.name)
             engine = runtime.deserialize_cuda_engine(plan)
         return checked(engine, doing, said, InvalidModel, "engine_unusable")
 
@@ -98,17 +102,23 @@ class _Kernels:
     for the next start. TensorRT has no use for it."""
 
     def __init__(
-        self, library: Library, cuda: Cuda, engine: Any, path: Path, folder: Path | None
+        self,
+        library: Library,
+        cuda: Cuda,
+        engine: Any,
+        path: Path,
+        machine_cache: MachineCache | None,
     ) -> None:
         self._trt = library.trt
         self._is_rtx = library.is_rtx
-        self._kept: MachineCache | None = None
+        self._kept: Entry | None = None
         self._compiled: Any = None
-        if not library.is_rtx or folder is None:
+        if not library.is_rtx or machine_cache is None:
             return
         with path.open("rb") as file:  # which engine, as a hint: the library looks for itself
             begins = file.read(_SAMPLE_BYTES), path.stat().st_size
-        self._kept = MachineCache(folder, "kernels", library.trt.__version__, cuda.device(), begins)
+        parts = (library.trt.__version__, cuda.device(), begins)
+        self._kept = machine_cache.entry("kernels", *parts)
         self._compiled = engine.create_runtime_config().create_runtime_cache()
         if known := self._kept.read():
             self._compiled.deserialize(known)  # what it refuses is compiled again
@@ -128,3 +138,47 @@ class _Kernels:
     def keep(self) -> None:
         if self._kept and self._compiled is not None:
             self._kept.write(bytes(self._compiled.serialize()))
+
+
+class Validity(Struct, frozen=True):
+    """unknown: nothing speaks against it, and only loading it can tell; always so for TensorRT, and for
+    TensorRT-RTX on a machine without a GPU. suboptimal: it runs here, one built here would be faster.
+    reasons: why it is bad, in the library's words, such as UNSUPPORTED_CC."""
+
+    verdict: Literal["valid", "suboptimal", "unknown", "bad"]
+    reasons: tuple[str, ...] = ()
+
+    def refuse_bad(self, artefact: str) -> None:
+        """Raises InvalidModel("engine_unusable"), or DeviceOutOfMemory if only memory is missing."""
+        if self.verdict != "bad":
+            return
+        if self.reasons == (_NO_ROOM,):
+            raise DeviceOutOfMemory(
+                f"Expected room on the GPU for {artefact}, got {_NO_ROOM}; close other engines, or "
+                "use smaller buckets or a larger GPU."
+            )
+        raise InvalidModel(
+            "engine_unusable",
+            f"Expected an engine for this GPU, driver and library, {artefact} is refused for "
+            f"{', '.join(self.reasons)}; build it again here, or update what is too old.",
+        )
+
+
+def validity_of(library: Library, runtime: Any, plan: BinaryIO) -> Validity:
+    """plan: of which the header is read."""
+    if not library.is_rtx:
+        return Validity("unknown")
+    trt = library.trt
+    # Without a driver the library finds every plan invalid, and has no reason to name.
+    found, diagnostics = runtime.get_engine_validity(plan.read(runtime.engine_header_size))
+    reasons = tuple(
+        name
+        for name, member in trt.EngineInvalidityDiagnostics.__members__.items()
+        if int(diagnostics) & int(member)
+    )
+    if found == trt.EngineValidity.VALID:
+        return Validity("valid")
+    if found == trt.EngineValidity.SUBOPTIMAL:
+        return Validity("suboptimal", reasons)
+    missing = reasons in [(), ("CUDA_ERROR",)]
+    return Validity("unknown") if missing else Validity("bad", reasons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,15 @@ def content_of(info_key: str, objects: ObjectStore) -> bytes:
     return objects.get(info_key, max_bytes=1 << 26)
 
 
+def fetched_into(objects: ObjectStore, ref: Ref) -> bytes:
+    """What stands before it in the file stays."""
+    file = io.BytesIO(b"head")
+    file.seek(4)
+    objects.fetch_into(ref, file)
+    assert file.getvalue().startswith(b"head")
+    return file.getvalue()[4:]
+
+
 def start(url: str, program: str) -> subprocess.Popen[bytes]:
     """A process with `objects` open that runs the program."""
     source = (
@@ -115,6 +126,7 @@ def test_what_is_put_comes_back(
     assert ref == Ref("tenants/a/payloads/1", size_bytes, hashlib.sha256(content).hexdigest())
     assert objects.get(ref.key, max_bytes=size_bytes) == content
     assert objects.fetch(ref) == content
+    assert fetched_into(objects, ref) == content
     assert objects.local(ref.key).read_bytes() == content
     with objects.open(ref.key) as stream:
         assert stream.read() == content
@@ -158,14 +170,25 @@ def test_fetch_gives_only_what_was_referred_to(
 ) -> None:
     ref = objects.put("a", b"four")
     objects.put("a", stored)
-    with pytest.raises(InvalidJob) as caught:
-        objects.fetch(ref)
-    assert caught.value.code == code
+    for fetch in (objects.fetch, partial(fetched_into, objects)):
+        with pytest.raises(InvalidJob) as caught:
+            fetch(ref)
+        assert caught.value.code == code
+
+
+def test_an_error_of_the_file_to_fetch_into_comes_as_it_is(objects: ObjectStore) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        objects.fetch_into(objects.put("a", b"x"), Full())
 
 
 READS: dict[str, Callable[[ObjectStore, str], object]] = {
     "get": lambda objects, key: objects.get(key, max_bytes=1),
     "fetch": lambda objects, key: objects.fetch(Ref(key, 1, "0" * 64)),
+    "fetch into": lambda objects, key: objects.fetch_into(Ref(key, 1, "0" * 64), io.BytesIO()),
     "open": lambda objects, key: objects.open(key),
     "local": lambda objects, key: objects.local(key),
 }

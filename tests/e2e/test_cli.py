@@ -113,7 +113,7 @@ def test_status_tells_what_runs(stack: Stack, client: Client) -> None:
     found = stack.json("status")
     assert found["healthy"] is True
     assert {child["state"]["name"] for child in found["children"]} == {
-        "redis", "dispatcher", "worker-0",
+        "redis", "dispatcher", "builder", "worker-0",
     }  # fmt: skip
     assert found["workers"][0]["jobs_done"] > 0
     assert found["dispatchers"][0]["ended"]["succeeded"] > 0
@@ -157,5 +157,5 @@ def test_jobs_are_accepted_before_the_stack_is_up(
         process.kill()
     assert process.returncode == 0
     assert b"Traceback" not in said
-    assert len(children) == 3
+    assert len(children) == 4
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)

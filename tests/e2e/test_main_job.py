@@ -72,7 +72,7 @@ def test_speech_is_written_down(client: Client) -> None:
 
 def test_a_result_says_where_its_time_went(client: Client) -> None:
     result = client.submit("minilm-topics", samples.sentences()[0]).result()
-    assert result.version == 1
+    assert result.version == 2
     assert result.attempts == 1
     assert result.times.run_ms > 0
     assert result.times.waited_ms > 0

@@ -6,21 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.engines.tensorrt import TensorRT, probe
+from pipelines.engines.cuda import open_cuda
+from pipelines.engines.machine_cache import MachineCache
+from pipelines.engines.tensorrt import TensorRT
+from schemas.errors import PipelineError
 from tests.servers.process import NOT_TESTED
 
 
 @pytest.fixture(scope="session", params=["tensorrt", "tensorrt-rtx"])
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TensorRT:
     """Of each library that is here, for the GPU that is here."""
-    found = probe(request.param)
-    if found.missing:
-        pytest.skip(
-            f"{NOT_TESTED} a GPU by {request.param}: it is not here. To test it: pip install "
-            f"'headrace[{request.param}]' on a machine with an NVIDIA GPU"
-        )
-    made = TensorRT(request.param, machine_cache=tmp_path_factory.mktemp("machine"))
-    if found.device and request.param == "tensorrt-rtx" and found.device.compute_capability == 90:
+    try:
+        device = open_cuda().device()
+        machine_cache = MachineCache(tmp_path_factory.mktemp("machine"))
+        made = TensorRT(request.param, machine_cache=machine_cache)
+    except PipelineError as error:
+        pytest.skip(f"{NOT_TESTED} a GPU by {request.param}: {error.message}")
+    if device.compute_capability == 90 and request.param == "tensorrt-rtx":
         pytest.skip(f"{NOT_TESTED} a GPU by tensorrt-rtx: it builds nothing for Hopper")
     return made
 

@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from examples.models import efficientnet, minilm, whisper
+from pipelines.bundle import Bundle
 from pipelines.engines.cuda import open_cuda
 from pipelines.engines.engine import DeviceOutOfMemory, Engine, Profile
 from pipelines.engines.onnxruntime import OnnxRuntime
@@ -126,12 +127,14 @@ def test_photographs(backend: TensorRT, artefact: Path, tmp_path: Path) -> None:
     expect_agreement(came, reference(model, tmp_path / "ort", {"images": images}))
 
 
+def shapes_of(bundle: Path, role: str = "main") -> dict[str, ShapeRange]:
+    return Bundle.open(bundle, check_graphs=False).config.engines[role].shapes
+
+
 def test_sentences_of_any_length(backend: TensorRT, artefact: Path, tmp_path: Path) -> None:
     minilm.build_embedder(tmp_path / "bundle")
     model = tmp_path / "bundle" / "model.onnx"
-    tokens = ShapeRange((1,), (64,), (256,))
-    ranges = {"input_ids": tokens, "attention_mask": tokens}
-    backend.compile(model, Profile(BUCKETS, ranges), artefact)
+    backend.compile(model, Profile(BUCKETS, shapes_of(tmp_path / "bundle")), artefact)
     engine = backend.load(artefact, threads=1)
     for number, (count, length) in enumerate([(1, 1), (3, 17), (8, 256), (11, 5)]):
         ids = np.random.default_rng(number).integers(1000, 20_000, (count, length))
@@ -143,12 +146,11 @@ def test_sentences_of_any_length(backend: TensorRT, artefact: Path, tmp_path: Pa
 def test_speech_from_nothing_said_on(backend: TensorRT, tmp_path: Path) -> None:
     whisper.build(tmp_path / "bundle")
     engines = {}
-    past = ShapeRange((8, 6, 0, 64), (8, 6, 64, 64), (8, 6, 225, 64))
-    for role, ranges in [("encoder", {}), ("decoder", {"past_kv": past})]:
+    for role in ("encoder", "decoder"):
         folder = tmp_path / role
         folder.mkdir()
         model = tmp_path / "bundle" / f"{role}.onnx"
-        backend.compile(model, Profile((1, 2), ranges), folder)
+        backend.compile(model, Profile((1, 2), shapes_of(tmp_path / "bundle", role)), folder)
         engines[role] = backend.load(folder, threads=1), model
     waveform = np.random.default_rng(3).standard_normal((2, 480_000), dtype=np.float32) * 0.1
     encoder, model = engines["encoder"]

@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 SECRETS = {"REDIS_PASSWORD": "red-secret", "S3_ACCESS_KEY": "key-id", "S3_SECRET_KEY": "s3-secret"}
 SERVICES = (
-    "archiver", "dispatcher", "kafka", "minio", "redis", "setup", "worker", "worker-gpu",
+    "archiver", "builder", "builder-gpu", "dispatcher", "kafka", "minio", "redis", "setup", "worker", "worker-gpu",
 )  # fmt: skip
-OURS = ("archiver", "dispatcher", "setup", "worker", "worker-gpu")
+OURS = ("archiver", "builder", "builder-gpu", "dispatcher", "setup", "worker", "worker-gpu")
 ROLES = {"dispatcher": "workers.dispatcher.main", "archiver": "workers.archiver.main"}
 LIGHT = (
     "headrace.cli.objects", "headrace.cli.topics", "infra.eventlog.kafka", "infra.eventlog.kafka_topics",
@@ -123,13 +123,25 @@ def test_nobody_is_killed_while_it_drains(services: dict[str, Any]) -> None:
         assert seconds(services[name]["stop_grace_period"]) >= drain_s + 10, name
 
 
-def test_the_gpu_worker_runs_on_demand_and_reserves_a_device(services: dict[str, Any]) -> None:
-    on_demand = [name for name, service in services.items() if service.get("profiles")]
-    assert on_demand == ["worker-gpu"]
+def test_what_needs_a_gpu_runs_on_demand_and_reserves_a_device(services: dict[str, Any]) -> None:
+    on_demand = {name for name, service in services.items() if service.get("profiles")}
+    assert on_demand == {"builder-gpu", "worker-gpu"}
 
-    (device,) = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    for name in on_demand:
+        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
 
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+
+@pytest.mark.parametrize("kind", ["", "-gpu"])
+def test_a_builder_has_image_engines_and_catalogue_of_the_workers_of_its_kind(
+    kind: str, services: dict[str, Any]
+) -> None:
+    """With another image or volume what it builds would be of no use to them."""
+    builder, worker = services[f"builder{kind}"], services[f"worker{kind}"]
+
+    for part in ("image", "build", "volumes"):
+        assert builder[part] == worker[part]
+    assert builder["environment"].items() <= worker["environment"].items()
 
 
 def test_redis_keeps_what_it_holds(services: dict[str, Any]) -> None:

@@ -27,8 +27,8 @@ pytestmark = patience()
 
 PATIENCE_S = 20.0
 A, B = JOB_TOPICS[:2]
-WORTH_KNOWING = {"models", "kafka durability"}
-"""No model is installed, and there is but one broker."""
+WORTH_KNOWING = {"models", "kafka durability", "engine keys"}
+"""No model is installed, there is but one broker, and engines are not signed."""
 
 Findings = dict[str, dict[str, str]]
 

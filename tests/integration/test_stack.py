@@ -339,7 +339,7 @@ def test_the_whole_stack_up_looked_at_and_down_by_the_command_line(data: Path) -
         found = json.loads(headrace(data, "status", "--json")[0])
         assert found["healthy"]
         names = [child["state"]["name"] for child in found["children"]]
-        assert names == ["redis", "dispatcher", "worker-0"]
+        assert names == ["redis", "dispatcher", "builder", "worker-0"]
         assert found["topics"]["jobs.image.standard"] == {"open": 0, "oldest_age_s": 0}
         assert found["dispatchers"][0]["running_jobs"] == 0
         assert "worker-0" in headrace(data, "status")[0]
@@ -350,7 +350,7 @@ def test_the_whole_stack_up_looked_at_and_down_by_the_command_line(data: Path) -
         pids = [child["state"]["pid"] for child in found["children"]]
     finally:
         headrace(data, "down")
-    assert [start_of(pid) for pid in pids] == [None] * 3
+    assert [start_of(pid) for pid in pids] == [None] * 4
     headrace(data, "status", code=3)
 
 

@@ -20,7 +20,7 @@ def test_the_services_of_compose_get_ready_answer_jobs_of_anybody_and_drain(
     said: list[tuple[str, str]] = []
     with layout_on_servers() as layout, StopSignals() as signals:
         kept = {name for name, service in layout.services.items() if service.check}
-        assert kept == {"archiver", "dispatcher", "worker"}
+        assert kept == {"archiver", "builder", "dispatcher", "worker"}
         healthy = {name: Check(layout.services[name]) for name in kept}
         assert not any(check(0) for check in healthy.values()), "nobody listens yet"
 

@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("compose_config")
 REMEDY = "install Go (https://go.dev/dl)"
 
+CACHE = "/var/cache/headrace"
+"""What the image has its caches in."""
+
 DURATION = re.compile(r"(?:(\d+)m)?(\d+)s")
 
 
@@ -73,7 +76,7 @@ def services_of(config: dict[str, Any], addresses: dict[str, str], folder: Path)
             name,
             described["command"],
             _check(described),
-            _environment(described, addresses, folder / name),
+            _environment(described, addresses, folder / name, folder / _cache(name, described)),
             _stage(name, ours),
             seconds(described.get("stop_grace_period", "10s")),
         )
@@ -87,7 +90,7 @@ def _check(described: dict[str, Any]) -> list[str] | None:
 
 
 def _environment(
-    described: dict[str, Any], addresses: dict[str, str], home: Path
+    described: dict[str, Any], addresses: dict[str, str], home: Path, cache: Path
 ) -> dict[str, str]:
     environment = dict(described["environment"])
     for name, value in environment.items():
@@ -99,10 +102,16 @@ def _environment(
         # What the image sets, and what each container has for itself.
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONUNBUFFERED": "1",
-        "XDG_CACHE_HOME": str(home / "cache"),
+        "XDG_CACHE_HOME": str(cache),
         "HEADRACE_DATA_DIR": str(home / "data"),
         "HEADRACE_HEALTH_PORT": str(free_port()),
     }
+
+
+def _cache(name: str, described: dict[str, Any]) -> str:
+    """Services that have a volume for it in common share it."""
+    volumes = {volume["target"]: volume["source"] for volume in described.get("volumes", [])}
+    return f"cache-{volumes.get(CACHE, name)}"
 
 
 def _stage(name: str, services: dict[str, Any]) -> int:

@@ -32,8 +32,14 @@ from workers.dispatcher.view_writer import ViewWriter
 logger = get_logger("dispatcher")
 
 
+WAIT_MIN_S = 2.0
+WAIT_SHARE = 0.1
+"""A job that waits for something is tried again after this share of the time it has waited already: so it
+waits little longer than it must, and asks seldom."""
+
+
 class RetryPolicy:
-    """Full jitter: somewhere between now and base * 2 ** failures, capped."""
+    """After a failure, full jitter: somewhere between now and base * 2 ** failures, capped."""
 
     def __init__(self, base_s: float, cap_s: float, rng: random.Random | None = None) -> None:
         self._base_s = base_s
@@ -42,6 +48,11 @@ class RetryPolicy:
 
     def delay_s(self, failures: int) -> float:
         return self._rng.uniform(0, min(self._cap_s, self._base_s * 2 ** min(failures, 32)))
+
+    def wait_s(self, waited_s: float) -> float:
+        """Until a job that waits for something is tried again. Never at once: it does not count as an attempt."""
+        most_s = min(self._cap_s, max(WAIT_MIN_S, WAIT_SHARE * waited_s))
+        return self._rng.uniform(most_s / 2, most_s)
 
 
 class Written(NamedTuple):
@@ -115,14 +126,22 @@ class Outcomes:
             attempt=job.attempt + 1,
             suspect=suspect,
             not_before=now + self._policy.delay_s(job.attempt),
+            waits_for=None,
         )
         self.counts["retried"] += 1
         self._move(again, at, now)
 
-    def defer(self, job: Job, at: Position, until: float, now: float) -> None:
+    def wait(self, job: Job, at: Position, code: str, now: float) -> None:
+        """What the job needs is not there, by this code: it is deferred until it may be."""
+        until = now + self._policy.wait_s(now - job.submitted_at)
+        self.defer(job, at, until, now, waits_for=code)
+
+    def defer(
+        self, job: Job, at: Position, until: float, now: float, waits_for: str | None = None
+    ) -> None:
         """The job cannot run before a time, and nobody is charged: the retry topic keeps it meanwhile."""
         self.counts["deferred"] += 1
-        self._move(msgspec.structs.replace(job, not_before=until), at, now)
+        self._move(msgspec.structs.replace(job, not_before=until, waits_for=waits_for), at, now)
 
     def skip(self, at: Position) -> None:
         """The record needs no outcome of its own: a duplicate, a control message, a job moved to the retry topic."""

@@ -16,8 +16,17 @@ from workers.dispatcher.outcomes import Outcomes
 MAX_DISPATCHES = 20
 """A job that vanishes with its batch this often, without ever being run, counts as failed."""
 
-OUTAGES = frozenset({"storage_full", "storage_unavailable"})
-"""No fault of the job, and nothing that attempts would mend: it is retried until its deadline."""
+BLAMELESS = frozenset(
+    {
+        "disk_full",
+        "engine_build_busy",
+        "engine_cache_unavailable",
+        "engine_not_built",
+        "storage_full",
+        "storage_unavailable",
+    }
+)
+"""No fault of the job, and nothing that attempts would mend: it waits until its deadline, and is not charged."""
 
 logger = get_logger("dispatcher")
 
@@ -131,9 +140,9 @@ class Settlement:
         """passing: another attempt may mend it. invalid: the model is not to blame."""
         if self._memory.is_cancelled(job.job.id):
             self._outcomes.end(job.job, job.at, "cancelled", now)
-        elif error.code in OUTAGES or (
-            passing and job.job.attempt + 1 < job.card.limits.max_attempts
-        ):
+        elif error.code in BLAMELESS:
+            self._outcomes.wait(job.job, job.at, error.code, now)
+        elif passing and job.job.attempt + 1 < job.card.limits.max_attempts:
             self._outcomes.retry(job.job, job.at, now, suspect=suspect)
         else:
             if not invalid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from contextlib import suppress
@@ -13,6 +14,7 @@ from celery import signals
 
 from infra.catalogue import Catalogue
 from infra.embedded import announce_ready
+from infra.embedded.processes import age_s
 from infra.fleet import Fleet, WorkerBeat, mailbox
 from infra.health import Health, serve_health
 from infra.logs import configure_logs, get_logger
@@ -23,6 +25,7 @@ from infra.settings import Settings, load_settings
 from infra.tasks import make_app
 from pipelines.bundle import Bundle
 from pipelines.engines import open_cache
+from pipelines.engines.engine import DEVICE_FAILED
 from pipelines.load import load_model
 from pipelines.model import LoadedModel
 from schemas.errors import InvalidJob, PipelineError, Transient
@@ -31,8 +34,10 @@ from workers.inference.hand import Hand
 from workers.inference.hearing import Hearing
 from workers.inference.residency import Residency
 from workers.inference.stages import Stages
+from workers.inference.start import Steps
 from workers.inference.task import BatchRunner
 from workers.inference.watchdog import Watchdog
+from workers.process import EXIT_FAILED
 
 BEAT_EVERY_S = 1.0
 LOOK_EVERY_S = 5.0
@@ -48,12 +53,19 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     settings = load_settings()
     configure_logs(settings.worker.name, settings.log_level)
-    Worker(settings).run()
-    return 0
+    start = Steps(age_s=age_s(os.getpid()))
+    start.ended("imports")
+    try:
+        return Worker(settings, start).run()
+    except PipelineError as error:
+        logger.error("failed", code=error.code, error=error.message)
+        return EXIT_FAILED
 
 
 class Worker:
-    def __init__(self, settings: Settings) -> None:
+    """start: of this process, whose first steps have ended."""
+
+    def __init__(self, settings: Settings, start: Steps) -> None:
         options = settings.worker
         self.settings = settings
         self.fleet = Fleet(connect_redis(settings))
@@ -64,19 +76,27 @@ class Worker:
         self.hand = Hand(options.name, options.slots)
         self.residency = Residency(self.load, options.memory_bytes)
         self.runner = BatchRunner(
-            self.fleet, self.hand, self.residency, Stages(self.objects, executors)
+            self.fleet,
+            self.hand,
+            self.residency,
+            Stages(self.objects, executors),
+            self.on_device_failed,
         )
         self.watchdog = Watchdog(self.hand)
         self.hearing = Hearing()
         self.celery: Any = None
         self.health = Health()
-        self.started_at = time.time()
+        self.started_at = time.time() - start.total_s
+        self.start = start
+        self.cold_start_s = 0.0
+        self.exit_code = 0
         self._stopped = threading.Event()
         self._beating = threading.Thread(target=self.beat_forever, name="beat", daemon=True)
         self._unloadable: set[str] = set()
+        start.ended("connect")
 
-    def run(self) -> None:
-        """Warm up, then serve until SIGTERM. Each step of the start is logged with its time."""
+    def run(self) -> int:
+        """Warm up, then serve until SIGTERM. Returns the exit code. Raises Transient("device_failed")."""
         serve_health(self.settings, self.health)
         self.warm_up()
         app = make_app(self.settings)
@@ -96,38 +116,55 @@ class Worker:
         )
         self.celery.start()
         self.close()
+        return self.exit_code
 
     def load(self, name: str, version: int) -> LoadedModel:
         """Fetch, load and warm one version. Raises PipelineError."""
-        began = time.perf_counter()
+        steps = Steps(f"{name}/{version}")
         folder = self.catalogue.folder(self.catalogue.resolve(name, version))
         bundle = Bundle.open(folder, check_graphs=False)
-        model = load_model(bundle, self.cache, budget_bytes=self.settings.worker.memory_bytes)
-        loaded = time.perf_counter()
+        steps.ended("fetch")
+        model = load_model(
+            bundle,
+            self.cache,
+            budget_bytes=self.settings.worker.memory_bytes,
+            may_build=False,
+            on_step=steps.ended,
+        )
         try:
-            model.warm()
+            model.warm(steps.ended)
         except BaseException:
             model.close()
             raise
         logger.info(
             "model_loaded",
-            model=f"{name}/{version}",
-            load_ms=round((loaded - began) * 1000, 1),
-            warm_ms=round((time.perf_counter() - loaded) * 1000, 1),
+            model=steps.model,
+            seconds=steps.total_s,
+            steps=list(steps.seconds.items()),
             memory_bytes=model.memory_bytes,
         )
+        if not self.cold_start_s:
+            self.start.include(steps)
         return model
 
     def warm_up(self) -> None:
-        """Load the models named in the settings, or the newest version of each that the budget has room for."""
-        for name in self.settings.worker.models or sorted({c.name for c in self.catalogue.cards()}):
+        """Load the models named in the settings, or the newest version of each that the budget has room for.
+
+        Raises Transient("device_failed"), and if the catalogue cannot be read.
+        """
+        names = self.settings.worker.models or sorted({c.name for c in self.catalogue.cards()})
+        self.start.ended("catalogue")
+        for name in names:
             held = self.residency.names()
             try:
                 card = self.catalogue.resolve(name, None)
                 with self.residency.use(card.name, card.version):
                     pass
             except PipelineError as error:
+                if error.code == DEVICE_FAILED:
+                    raise
                 logger.error("model_not_loaded", model=name, code=error.code, error=error.message)
+                self.start.ended(f"{name} not loaded")
             if not set(held) <= set(self.residency.names()):
                 break  # it had to make room: the budget is used up
 
@@ -158,12 +195,26 @@ class Worker:
 
     def on_ready(self, **_: Any) -> None:
         """Celery listens: clear away what an earlier life offered, then ask for work."""
+        self.start.ended("listen")
+        self.cold_start_s = self.start.total_s
         self.health.ready = True
         self._beating.start()
         threading.Thread(target=self.keep_current_forever, name="versions", daemon=True).start()
-        ready_s = round(time.time() - self.started_at, 3)
-        logger.info("ready", ready_s=ready_s, models=self.residency.names())
+        logger.info(
+            "ready",
+            ready_s=self.cold_start_s,
+            steps=list(self.start.seconds.items()),
+            models=self.residency.names(),
+        )
         announce_ready(self.settings, self.settings.worker.name, models=self.residency.names())
+
+    def on_device_failed(self) -> None:
+        """A process that lost its GPU does not get it back: drain and end, for the supervisor to start another."""
+        if not self.exit_code:
+            self.exit_code = EXIT_FAILED
+            self.hand.close()
+            logger.error("device_failed", action="the worker ends, to be started anew")
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def on_drain(self, **_: Any) -> None:
         """SIGTERM: offer nothing more, finish what is in hand; what does not end in time goes back unrun."""
@@ -186,7 +237,7 @@ class Worker:
                 logger.warning("batch_not_given_back", batch=held.batch.id, error=error.message)
         if not self._stopped.is_set():
             logger.warning("drain_over", left=len(self.hand.held()))
-            os._exit(0)
+            os._exit(self.exit_code)
 
     def beat_forever(self) -> None:
         cleared = False
@@ -237,6 +288,8 @@ class Worker:
             engines=self.residency.names(),
             memory_bytes=psutil.Process().memory_info().rss,
             jobs_done=self.runner.jobs_done,
+            start=self.start.seconds,
+            cold_start_s=self.cold_start_s,
         )
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from celery import Celery
 
 from infra.fleet import Fleet, SlotToken
 from infra.logs import get_logger
+from pipelines.engines.engine import DEVICE_FAILED
 from schemas.batches import RUN_BATCH, Batch, Completion, ItemOutcome
 from schemas.errors import Transient
 from workers.inference.gate import Gate
@@ -23,12 +24,15 @@ logger = get_logger("worker")
 
 
 class BatchRunner:
+    """on_device_failed: called when that was reported of a batch, before the worker asks for more."""
+
     def __init__(
         self,
         fleet: Fleet,
         hand: Hand,
         residency: Residency,
         stages: Stages,
+        on_device_failed: Callable[[], None],
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._fleet = fleet
@@ -36,6 +40,7 @@ class BatchRunner:
         self._residency = residency
         self._stages = stages
         self._gate = Gate()
+        self._on_device_failed = on_device_failed
         self._sleep = sleep
         self.jobs_done = 0
         self.taken = 0
@@ -83,6 +88,8 @@ class BatchRunner:
         if items is not None:
             self.jobs_done += len(items)
             self._report(batch, Completion(batch.id, self._hand.worker, items))
+            if any(item.code == DEVICE_FAILED for item in items):
+                self._on_device_failed()
 
     def _run(self, held: Held) -> list[ItemOutcome] | None:
         """One outcome per item; None if the lease was lost before anything was run."""

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from headrace import machine_checks
 from headrace.cli import app, doctor
-from infra.settings import Settings
+from infra.settings import EngineSettings, Settings
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -88,6 +88,31 @@ def test_a_file_system_on_another_clock_is_warned_of(
     monkeypatch.setattr(machine_checks.time, "time", lambda: real - 600)
 
     assert machine_checks.clock(settings).level == "warn"
+
+
+def test_machines_that_share_a_store_are_told_that_engines_need_keys(
+    settings: Settings, tmp_path: Path
+) -> None:
+    def engine_keys(**engines: object) -> list[str]:
+        asked = Settings(data_dir=tmp_path, objects_url=store, engines=engines)
+        return [finding.level for finding in machine_checks.engine_keys(asked)]
+
+    store = ""
+    assert engine_keys() == []
+    assert engine_keys(keys={"k1": "k" * 32}) == ["ok"]
+    store = "s3://store:9000/headrace"
+    assert engine_keys() == ["warn"]
+    assert engine_keys(keys={"k1": "k" * 32}) == ["ok"]
+
+
+def test_a_wrong_file_of_keys_fails_and_is_not_shown(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('{"k1": "too-short-secret"}')
+    wrong = EngineSettings(keys_file=tmp_path / "keys.json")
+    findings = doctor.examine(settings.model_copy(update={"engines": wrong}))
+    [found] = [finding for finding in findings if finding.check == "engine keys"]
+    assert found.level == "fail"
+    assert "keys.json must hold a JSON object" in found.detail
+    assert "too-short" not in found.detail
 
 
 def test_the_exit_code_is_1_only_if_something_fails(

@@ -1,4 +1,4 @@
-"""What `headrace status` says of the lake."""
+"""What `headrace status` says of the lake, and of workers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import typer
+from msgspec.structs import replace
 from typer.testing import CliRunner
 
-from headrace.cli.status import status
+from headrace.cli.status import Status, _show_jobs, status
 from infra.eventlog import NewRecord
 from infra.eventlog.open import open_log
+from infra.fleet import WorkerBeat
 from infra.lake import GROUP, SEGMENTS
 from infra.objects.files import FileObjects
 from schemas.topics import RESULTS
@@ -60,3 +62,21 @@ def test_with_a_lake_it_says_what_is_not_archived(show: Callable[..., str], tmp_
         consumer.close()
     assert json.loads(show("--json"))["lake"]["open"] == 0
     assert "lake" not in show()
+
+
+def test_a_worker_that_is_ready_says_how_long_its_start_took(capsys: Any) -> None:
+    beat = WorkerBeat(
+        worker="w", life="1", pid=1, started_at=0.0, ready=True, draining=False, slots=2, batches=[],
+        engines=["tiny/1"], memory_bytes=1, jobs_done=3, start={"imports": 1.2}, cold_start_s=1.25,
+    )  # fmt: skip
+    found = Status(
+        data_dir="", healthy=True, stack=None, children=[], topics=None, lake=None, dispatchers=[],
+        workers=[beat, replace(beat, worker="young", ready=False, start={}, cold_start_s=0.0)],
+        models=None, trouble=[],
+    )  # fmt: skip
+
+    _show_jobs(found)
+
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "w: 3 jobs done, holds tiny/1, ready 1.2 s after its start"
+    assert second == "young: 3 jobs done, holds tiny/1"

@@ -35,6 +35,7 @@ CALLS: dict[str, Callable[[ObjectStore], object]] = {
     "put if absent": lambda objects: objects.put("a", b"x", if_absent=True),
     "get": lambda objects: objects.get("a", max_bytes=9),
     "fetch": lambda objects: objects.fetch(REF),
+    "fetch into": lambda objects: objects.fetch_into(REF, io.BytesIO()),
     "open": lambda objects: objects.open("a").close(),
     "local": lambda objects: objects.local("a"),
     "list": lambda objects: list(objects.list()),

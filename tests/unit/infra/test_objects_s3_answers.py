@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,14 +16,18 @@ from infra.objects import ObjectExists, ObjectStore
 from infra.objects.s3 import S3Objects
 from infra.settings import S3Settings
 from schemas.errors import InvalidJob, PipelineError, Transient
+from schemas.payloads import Ref
 
 ATTEMPTS = 3
 
 
 class Answer(NamedTuple):
+    """missing: so many bytes of the body that it announces do not come before the connection ends."""
+
     status: int
     body: str = ""
     content_type: str = "application/xml"
+    missing: int = 0
 
 
 OK = Answer(200)
@@ -58,11 +64,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = answer.body.encode()
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) + answer.missing))
         self.send_header("ETag", '"e"')
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+        self.close_connection = answer.missing > 0
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _answer  # noqa: N815
 
@@ -266,3 +273,18 @@ def test_bytes_are_given_as_they_were_put_whatever_their_encoding_is_said_to_be(
     assert objects.get("a", max_bytes=8) == b"not gzip"
     with objects.open("a") as file:
         assert file.read() == b"not gzip"
+
+
+def test_a_download_that_ends_too_early_is_begun_anew(
+    server: ScriptedServer, objects: S3Objects
+) -> None:
+    ref = Ref("a", 4, hashlib.sha256(b"good").hexdigest())
+    server.answers = [Answer(200, "ba", missing=2), Answer(200, "good")]
+    file = io.BytesIO(b"> ")
+    file.seek(2)
+    objects.fetch_into(ref, file)
+    assert file.getvalue() == b"> good"
+    server.answers = [Answer(200, "ba", missing=2)]
+    with pytest.raises(Transient):
+        objects.fetch_into(ref, io.BytesIO())
+    assert len(server.requests) == 2 + ATTEMPTS

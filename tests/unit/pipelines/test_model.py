@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import modalities
 from pipelines.bundle import Bundle
 from pipelines.model import LoadedModel, collate
 from schemas.errors import InferenceFailed, InvalidJob, InvalidModel
@@ -185,6 +186,28 @@ def test_warming_runs_every_bucket(make_bundle: MakeBundle, make_engine: MakeEng
     LoadedModel(bundle, {"main": engine}).warm()
     assert [batch["x"].shape for batch in engine.batches] == [(1, 3), (4, 3), (16, 3)]
     assert not engine.batches[0]["x"].any()
+
+
+def test_warming_runs_every_engine_and_says_when_a_bucket_is_done(
+    make_bundle: MakeBundle, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = {
+        name: make_engine(lambda inputs: {"y": inputs["x"]}, x=("float32", (None, 3)))
+        for name in ("encoder", "decoder")
+    }
+
+    def both(bundle: Bundle) -> Any:
+        return lambda engines, inputs: engines["decoder"].run(
+            {"x": engines["encoder"].run(inputs)["y"]}
+        )
+
+    monkeypatch.setitem(modalities._factories, ("run", "both"), both)
+    steps: list[str] = []
+    LoadedModel(make_bundle(more="run: both\nbatch: {buckets: [1, 2]}"), engines).warm(steps.append)
+
+    for engine in engines.values():
+        assert [len(batch["x"]) for batch in engine.batches] == [1, 2]
+    assert steps == ["warm 1", "warm 2"]
 
 
 def test_the_bundles_own_sample_is_warmed_with(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
+from infra.eventlog import NewRecord
 from infra.fleet import DispatcherBeat, LaneSnapshot, WorkerBeat
-from producers.explain import explain_job
+from producers.explain import WAITS_FOR, explain_job
 from schemas.errors import InvalidJob, Transient
+from schemas.jobs import job_value, read_job, retry_headers
 from schemas.results import Outcome
+from schemas.topics import RETRY
+from workers.dispatcher.settle import BLAMELESS
 
 
 class FakeFleet:
@@ -94,6 +101,74 @@ def test_what_is_ahead_is_told(explained: Callable[[], str], fleet: FakeFleet) -
     assert "3 jobs wait for the time of their next attempt" in told
     assert "1 workers are ready; they hold 2 batches in 3 slots" in told
     assert "jobs.text.standard (lane standard): 1 jobs not ended" in told
+
+
+@pytest.fixture
+def put_off(client: Any) -> Callable[..., str]:
+    """`put_off(waits_for=...)`: what is told of a job that the dispatcher has put off."""
+
+    def tell(in_s: float = 30.0, **facts: Any) -> str:
+        job_id = client.submit("echo", "x").id
+        *_, record = client.log.read(["jobs.text.standard"], 0.0)
+        job = read_job(record.position.topic, record.headers, record.value, 0.0)
+        for due, own in ((1.0, {}), (time.time() + in_s, facts)):
+            again = msgspec.structs.replace(job, version=1, not_before=due, **own)
+            client.log.append([NewRecord(RETRY, job_id, retry_headers(again), job_value(again))])
+        return "\n".join(explain_job(client, job_id))
+
+    return tell
+
+
+@pytest.mark.parametrize("code", ["engine_not_built", "engine_build_busy"])
+def test_an_engine_that_is_not_built_yet_is_named_with_what_to_look_at(
+    put_off: Callable[..., str], fleet: FakeFleet, code: str
+) -> None:
+    told = put_off(waits_for=code)
+
+    assert f"the engine of echo/1 to be built for the workers' platform ({code})" in told
+    assert re.search(r"it is tried next at \d\d:\d\d:\d\d", told)
+    assert "See that a builder runs" in told
+
+
+def test_what_a_job_may_wait_for_has_its_words() -> None:
+    assert WAITS_FOR.keys() == BLAMELESS
+
+
+@pytest.mark.parametrize("code", [*sorted(BLAMELESS), "of_a_later_version"])
+def test_whatever_a_job_waits_for_is_told(
+    put_off: Callable[..., str], fleet: FakeFleet, code: str
+) -> None:
+    assert f"({code}); it is tried next at" in put_off(waits_for=code)
+
+
+def test_a_job_whose_attempts_failed_is_told_so(
+    put_off: Callable[..., str], fleet: FakeFleet
+) -> None:
+    assert "2 of its attempts failed; it is tried next at" in put_off(attempt=2)
+
+
+def test_what_a_job_waited_for_is_told_as_long_as_it_says_something(
+    put_off: Callable[..., str], fleet: FakeFleet
+) -> None:
+    assert "it is due again since" in put_off(in_s=-1.0, waits_for="engine_not_built")
+
+
+def test_what_a_job_waited_for_long_ago_is_not_told(
+    put_off: Callable[..., str], fleet: FakeFleet
+) -> None:
+    assert "engine" not in put_off(in_s=-100.0, waits_for="engine_not_built")
+
+
+def test_a_job_that_was_put_off_is_not_with_the_worker_any_more(
+    put_off: Callable[..., str], fleet: FakeFleet, view: Any, succeeded: Any, monkeypatch: Any
+) -> None:
+    """The view shows what runs for long, and not that it was put off then."""
+    monkeypatch.setattr(
+        view, "get", lambda ids: [succeeded(ids[0], status="running", submitted_at=1.0)]
+    )
+
+    assert "It is accepted and waits" in put_off(waits_for="storage_full")
+    assert "It is with a worker" in put_off(in_s=-100.0)
 
 
 def test_a_stack_that_is_down_is_no_error(explained: Callable[[], str], fleet: FakeFleet) -> None:

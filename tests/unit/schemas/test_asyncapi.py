@@ -155,6 +155,7 @@ jobs = st.builds(
     attempt=st.integers(0, 9),
     suspect=st.booleans(),
     not_before=st.floats(0, 4e9),
+    waits_for=st.none() | words,
 )
 
 

@@ -68,6 +68,7 @@ RETRIED = msgspec.structs.replace(
     suspect=True,
     not_before=1_800_000_060.5,
 )
+WAITING = msgspec.structs.replace(RETRIED, waits_for="engine_not_built")
 REDRIVEN = msgspec.structs.replace(
     RETRIED,
     replay="redrive-2027-01-15",
@@ -152,10 +153,11 @@ def test_a_job_of_version_1_is_read() -> None:
     assert read_job("jobs.text.premium", headers, value, 0.0) == JOB
 
 
-def test_a_retried_job_of_version_1_is_read() -> None:
-    headers, value = golden_record("retry.v1")
+@pytest.mark.parametrize(("name", "job"), [("retry.v1", RETRIED), ("waiting.v1", WAITING)])
+def test_a_retried_job_of_version_1_is_read(name: str, job: Job) -> None:
+    headers, value = golden_record(name)
 
-    assert read_job(RETRY, headers, value, 0.0) == RETRIED
+    assert read_job(RETRY, headers, value, 0.0) == job
 
 
 @pytest.mark.parametrize("mode", ["", ".structured"])
@@ -218,11 +220,12 @@ def test_a_job_is_written_so_that_version_1_reads_it() -> None:
     assert job_value(JOB) == value
 
 
-def test_a_retried_job_is_written_so_that_version_1_reads_it() -> None:
-    headers, value = golden_record("retry.v1")
+@pytest.mark.parametrize(("name", "job"), [("retry.v1", RETRIED), ("waiting.v1", WAITING)])
+def test_a_retried_job_is_written_so_that_version_1_reads_it(name: str, job: Job) -> None:
+    headers, value = golden_record(name)
 
-    assert headers.items() <= retry_headers(RETRIED).items()
-    assert job_value(RETRIED) == value
+    assert headers.items() <= retry_headers(job).items()
+    assert job_value(job) == value
 
 
 def test_a_redriven_job_is_written_so_that_version_1_reads_it() -> None:

@@ -112,11 +112,13 @@ def test_a_job_is_read_as_it_was_written(job: Job, key: str | None) -> None:
 
 
 @settings(deadline=None)
-@given(jobs, st.integers(0, 100), st.booleans(), times)
+@given(jobs, st.integers(0, 100), st.booleans(), times, st.sampled_from([None, "engine_not_built"]))
 def test_a_retry_carries_what_happened_so_far(
-    job: Job, attempt: int, suspect: bool, not_before: float
+    job: Job, attempt: int, suspect: bool, not_before: float, waits_for: str | None
 ) -> None:
-    job = msgspec.structs.replace(job, attempt=attempt, suspect=suspect, not_before=not_before)
+    job = msgspec.structs.replace(
+        job, attempt=attempt, suspect=suspect, not_before=not_before, waits_for=waits_for
+    )
 
     same(read_job(RETRY, retry_headers(job), job_value(job), 0.0), job)
 
@@ -233,6 +235,7 @@ def test_a_retry_without_its_topic_is_refused() -> None:
         {"ce_attempt": "99"},
         {"ce_suspect": "1"},
         {"ce_notbefore": "2999-01-01T00:00:00Z"},
+        {"ce_waitsfor": "engine_not_built"},
     ],
 )
 def test_only_a_retry_is_believed_what_only_the_dispatcher_can_know(

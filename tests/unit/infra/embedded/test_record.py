@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from infra.embedded import announce_ready, announced_ready, ready_file
-from infra.embedded.processes import describe_exit, start_of
+from infra.embedded.processes import age_s, describe_exit, start_of
 from infra.embedded.record import (
     ChildState,
     Record,
@@ -134,6 +135,22 @@ def test_a_process_is_known_by_its_start_until_it_is_dead() -> None:
     while start_of(process.pid) is not None:
         pass  # dead counts, though its parent has not asked yet
     process.wait()
+
+
+def test_a_process_has_the_age_that_passed_since_its_start() -> None:
+    tick_s = 2 / os.sysconf("SC_CLK_TCK")
+    before = time.monotonic()
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        after = time.monotonic()
+        asked = time.monotonic()
+        age = age_s(process.pid)
+        assert asked - after - tick_s <= age <= time.monotonic() - before + tick_s
+    finally:
+        process.kill()
+        process.wait()
+    with pytest.raises(ProcessLookupError):
+        age_s(process.pid)
 
 
 @pytest.mark.parametrize(

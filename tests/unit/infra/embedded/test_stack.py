@@ -27,7 +27,7 @@ def run_folder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
 
 
-def test_the_stack_is_redis_a_dispatcher_and_the_workers_in_stopping_order(
+def test_the_stack_is_redis_a_dispatcher_a_builder_and_the_workers_in_stopping_order(
     settings: Settings,
 ) -> None:
     specs = child_specs(settings)
@@ -35,6 +35,7 @@ def test_the_stack_is_redis_a_dispatcher_and_the_workers_in_stopping_order(
     assert [(spec.name, spec.stage) for spec in specs] == [
         ("redis", 0),
         ("dispatcher", 1),
+        ("builder", 1),
         ("worker-0", 2),
         ("worker-1", 2),
     ]
@@ -54,7 +55,7 @@ def test_a_redis_of_ones_own_is_used_and_none_is_started(tmp_path: Path) -> None
 
     specs = child_specs(settings)
 
-    assert [spec.name for spec in specs] == ["dispatcher", "worker-0"]
+    assert [spec.name for spec in specs] == ["dispatcher", "builder", "worker-0"]
     assert all(spec.environment["HEADRACE_REDIS_URL"] == secret for spec in specs)
     assert not any("hidden" in argument for spec in specs for argument in spec.command)
 

@@ -167,3 +167,29 @@ def test_a_file_that_ends_too_early_is_refused(
 def test_what_is_no_tar_file_is_refused(there: EngineCache) -> None:
     with pytest.raises(PipelineError, match="tar file"):
         taken(there, b"something else" * 1000)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"GNU.sparse.map": "a,b"},
+        {"GNU.sparse.size": "abc"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "x"},
+    ],
+    ids=" ".join,
+)
+def test_a_tar_header_that_makes_no_sense_is_refused(
+    archive: bytes, there: EngineCache, headers: dict[str, str]
+) -> None:
+    result = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(archive)) as before,
+        tarfile.open(fileobj=result, mode="w", format=tarfile.PAX_FORMAT) as after,
+    ):
+        for member in before:
+            member.pax_headers = headers
+            after.addfile(member, before.extractfile(member))
+    with pytest.raises(PipelineError) as refused:
+        taken(there, result.getvalue())
+    assert refused.value.code == "engine_rejected"
+    assert entries(there) == []

@@ -12,6 +12,7 @@ from infra.objects.files import FileObjects
 from infra.settings import load_settings
 from pipelines import engines
 from pipelines.engines import Backend, EngineCache, Profile, build_engine, load_engine, open_cache
+from pipelines.engines.backends import Backends
 from pipelines.engines.manifest import check
 from schemas.errors import InvalidModel, PipelineError, Transient
 from schemas.models import EngineConfig
@@ -61,7 +62,8 @@ def test_an_engine_for_another_device_is_another_engine(
     classifier: MakeModel, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = classifier()
-    monkeypatch.setattr(engines, "_backend", lambda name: ForAnyDevice())
+    monkeypatch.setattr(Backends, "_make", lambda self, name: ForAnyDevice())
+    monkeypatch.setattr(engines, "_DEFAULT", Backends())
     artefacts = [
         build_engine(model, CONFIG, (1,), cache=cache, target=target)
         for target in (None, "sm89", "sm120", "sm89")

@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from infra.logs import get_logger
-from pipelines.engines import manifest
+from pipelines.engines import disk, manifest
 from pipelines.engines.cache import Artefact, EngineCache
 from pipelines.engines.manifest import key_of
 from pipelines.engines.signing import Keyring
@@ -158,6 +160,53 @@ def test_a_copied_cache_is_compared_in_full_once(
     assert build.calls == 1
 
 
+def test_an_entry_replaced_while_it_is_looked_at_is_leased_as_it_is_now(
+    cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is served is another folder than the one that is kept from eviction."""
+    cache.get_or_build(PARTS, Builder(b"old")).release()
+    check = disk.check
+
+    def overtaken(entry: Path, *args: Any) -> object:
+        monkeypatch.setattr(disk, "check", check)
+        shutil.rmtree(entry)
+        EngineCache(cache.root, max_bytes=1 << 30).get_or_build(PARTS, Builder()).release()
+        return check(entry, *args)
+
+    monkeypatch.setattr(disk, "check", overtaken)
+    artefact = cache.get_or_build(PARTS, Builder(b"never"))
+    assert is_served(artefact)
+    assert cache.prune(0) == []
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_what_is_no_folder_in_an_entrys_place_gives_way(cache: EngineCache, kind: str) -> None:
+    entry, elsewhere = entry_of(cache), cache.root / "elsewhere"
+    entry.parent.mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    entry.write_bytes(b"") if kind == "a file" else entry.symlink_to(elsewhere)
+    assert is_served(cache.get_or_build(PARTS, Builder()))
+    assert (elsewhere / "kept").exists()
+    assert left_in_building(cache) == []
+
+
+def test_a_lock_is_let_go_where_its_file_cannot_be_removed(
+    cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that has become read-only."""
+
+    def refuse(path: Path, **_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        with cache.disk.lock(key_of(PARTS), wait_s=0):
+            pass
+    with cache.disk.lock(key_of(PARTS), wait_s=0):
+        pass
+
+
 def test_who_has_a_damaged_entry_open_keeps_it(cache: EngineCache) -> None:
     old = cache.get_or_build(PARTS, Builder())
     with (old.path / "engine.bin").open("rb") as mapped:
@@ -196,6 +245,8 @@ def test_all_files_are_on_disk_before_the_entry_is_in_its_place(
         fsync(fd)
 
     def see(folder: Path, target: Path) -> Path:
+        if target != entry_of(cache):
+            return rename(folder, target)
         files = [path.name for path in folder.rglob("*") if path.is_file()]
         assert sorted(files) == sorted([*synced, "accepted.json"])
         assert synced[-1] == "manifest.json"
@@ -282,48 +333,65 @@ def test_a_killed_builder_leaves_no_entry_and_the_next_build_cleans_up(
 
 
 KILLED_AT_EACH_STEP = """if True:
-    import itertools, os, pathlib, signal, sys
+    import itertools, os, pathlib, signal, sys, threading
+    from infra.objects.files import FileObjects
     from pipelines.engines import manifest
     from pipelines.engines.cache import EngineCache
     from pipelines.engines.signing import Keyring
+    from pipelines.engines.store import EngineStore
     root, parts = pathlib.Path(sys.argv[1]), {"model": "abc", "version": 1}
+    keyring = Keyring({"k1": b"s" * 32})
+    key = manifest.key_of(parts)
     STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.utime", "os.listdir",
              "os.scandir", "fcntl.flock"}
     def build(into):
         (into / "engine.bin").write_bytes(b"compiled" * 1000)
-    def one_attempt(cache, last_step):
+    def never(into):
+        raise AssertionError("expected a hit")
+    def open_cache(name, shared):
+        store = EngineStore(FileObjects(root / "store"), keyring) if shared else None
+        return EngineCache(root / name, 1 << 30, keyring=keyring, store=store)
+    def one_attempt(cache, obtain, last_step):
         steps = itertools.count()
         def kill_at(event, args):
             if event in STEPS and next(steps) == last_step:
                 os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(kill_at)
-        cache.get_or_build(parts, build)
+        cache.get_or_build(parts, obtain)
         os._exit(0)
+    shared = sys.argv[2] == "fetch"
+    if shared:
+        open_cache("builder", shared).get_or_build(parts, build)
+    obtain = never if shared else build
     states = set()
     for last_step in itertools.count():
-        cache = EngineCache(root / str(last_step), max_bytes=1 << 30)
-        child = os.fork() or one_attempt(cache, last_step)
+        cache = open_cache(str(last_step), shared)
+        child = os.fork() or one_attempt(cache, obtain, last_step)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0
             break
-        key = manifest.key_of(parts)
-        entry = cache.root / "objects" / key[:2] / key
+        entry = cache.disk.entry(key)
         states.add(entry.exists())
         if entry.exists():
-            manifest.check(entry, key, Keyring(), full=True)
-        artefact = cache.get_or_build(parts, build)
-        assert (artefact.path / "engine.bin").stat().st_size == 8000, last_step
+            manifest.check(entry, key, keyring, full=True)
+        artefact = cache.get_or_build(parts, obtain)
+        assert (artefact.path / "engine.bin").read_bytes() == b"compiled" * 1000, last_step
         artefact.release()
-        cache.get_or_build({"model": "other"}, build)
+        for thread in set(threading.enumerate()) - {threading.current_thread()}:
+            thread.join()
+        open_cache(str(last_step), False).get_or_build({"model": "other"}, build)
         assert not list((cache.root / "building").iterdir()), last_step
     assert states == {True, False}
     print(last_step)
 """
 
 
-def test_a_builder_killed_at_any_step_does_no_harm(tmp_path: Path, run_python: RunPython) -> None:
-    process = run_python(KILLED_AT_EACH_STEP, tmp_path)
+@pytest.mark.parametrize("how", ["build", "fetch"])
+def test_who_is_killed_at_any_step_does_no_harm(
+    tmp_path: Path, run_python: RunPython, how: str
+) -> None:
+    process = run_python(KILLED_AT_EACH_STEP, tmp_path, how)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0
     assert int(output) > 20, "that many steps were survived"
@@ -450,7 +518,7 @@ def test_bit_rot_that_no_stamp_shows_is_found_by_verify(cache: EngineCache) -> N
     entry, key = entry_of(cache), key_of(PARTS)
     assert cache.disk.verify(key, wait_s=0) is None
     flip_a_bit(entry / "artefact" / "engine.bin")
-    manifest.write_json(entry / "accepted.json", manifest._stamps(entry))
+    manifest._accept(entry, manifest._stamps(entry), durable=True)
     assert not is_served(cache.get_or_build(PARTS, Builder())), "or this test shows nothing"
 
     assert "engine.bin" in (cache.disk.verify(key, wait_s=0) or "")
@@ -532,6 +600,14 @@ def test_the_least_recently_used_entry_leaves_first(small_cache: EngineCache) ->
     assert left_in_building(small_cache) == []
 
 
+def test_after_a_clock_went_back_what_is_used_now_stays(small_cache: EngineCache) -> None:
+    for name in ("before", "now"):
+        small_cache.get_or_build(parts(name), Builder()).release()
+    last_used_at(small_cache, "before", int(time.time()) + 86400)
+    small_cache.get_or_build(parts("new"), Builder()).release()
+    assert kept(small_cache, "before", "now", "new") == ["now", "new"]
+
+
 def test_pruning_by_hand_shows_what_would_go(small_cache: EngineCache) -> None:
     for number, name in enumerate(("a", "b")):
         small_cache.get_or_build(parts(name), Builder()).release()
@@ -543,6 +619,19 @@ def test_pruning_by_hand_shows_what_would_go(small_cache: EngineCache) -> None:
     assert small_cache.prune(0) == [shown]
     assert kept(small_cache, "a", "b") == ["a"]
     held.release()
+
+
+def test_a_disk_without_room_for_a_folder_can_be_pruned(
+    small_cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_cache.get_or_build(parts("a"), Builder()).release()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "mkdir", full)
+    assert len(small_cache.prune(0)) == 1
+    assert kept(small_cache, "a") == []
 
 
 def test_a_leased_entry_is_spared_until_it_is_released(small_cache: EngineCache) -> None:

@@ -113,6 +113,10 @@ GRAPH = """if True:
 """
 
 
+SCRIPTS = [COMMON, ROUND_TRIP, THREADS, OUT_OF_MEMORY, GRAPH]
+"""In one process, for the time that it takes to start."""
+
+
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc")
@@ -126,16 +130,11 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize(
-    "script",
-    [ROUND_TRIP, THREADS, OUT_OF_MEMORY, GRAPH],
-    ids=["round trip", "threads", "out of memory", "graph"],
-)
-def test_what_the_executor_needs_of_cuda(driver: Path, library: str, script: str) -> None:
+def test_what_the_executor_needs_of_cuda(driver: Path, library: str) -> None:
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{NOT_TESTED} {library}: it is not installed")
     done = subprocess.run(
-        [sys.executable, "-c", LIBRARIES[library] + "\n" + COMMON + script],
+        [sys.executable, "-c", "\n".join([LIBRARIES[library], *SCRIPTS])],
         env=os.environ | {"LD_LIBRARY_PATH": str(driver)},
         capture_output=True,
         text=True,

@@ -152,3 +152,21 @@ def test_weights_deep_inside_the_graph_count(
         (tmp_path / f"{name}.bin").write_bytes(b"\1\1\1\1")
         digests.add(model_digest(model, notes))
     assert len(digests) == 3
+
+
+def test_notes_of_models_that_are_gone_do_not_pile_up(
+    classifier: MakeModel, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest_module, "_SETTLED_NS", -(10**15))
+    monkeypatch.setattr(digest_module, "NOTES_KEPT", 2)
+    models = [classifier(f"{number}/model.onnx") for number in range(4)]
+    for age_s, model in zip((30, 20, 10, 0), models, strict=True):
+        model_digest(model, notes)
+        newest = max(notes.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        times = newest.stat()
+        os.utime(newest, (times.st_atime - age_s, times.st_mtime - age_s))
+    assert len(list(notes.iterdir())) == 2
+    monkeypatch.setattr(digest_module, "sha256_of", lambda path: pytest.fail("hashed"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", readable_only_in(notes))
+        assert model_digest(models[-1], notes) == model_digest(models[-2], notes)

@@ -107,8 +107,9 @@ def test_a_builder_of_the_same_host_must_be_dead(objects: FileObjects, holder: B
     successor.release()
 
 
-def test_garbage_is_over_after_its_time(objects: FileObjects) -> None:
-    objects.put(KEY, b"\xff garbage")
+@pytest.mark.parametrize("garbage", [b"\xff garbage", b"[1]", b'{"more":' + b"[" * 4000])
+def test_garbage_is_over_after_its_time(objects: FileObjects, garbage: bytes) -> None:
+    objects.put(KEY, garbage)
     clock = Clock()
     lease = BuildLease(objects, KEY, "one", 30, clock)
     assert not lease.take()

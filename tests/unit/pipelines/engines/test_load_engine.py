@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipelines.engines import Engine, EngineCache, load_engine
+from pipelines.engines import Engine, EngineCache, digest, load_engine
 from pipelines.engines.onnxruntime import OnnxRuntime
 from schemas.errors import InvalidModel, Transient
 from schemas.models import EngineConfig
@@ -48,6 +48,55 @@ def test_a_hit_compiles_nothing_and_answers_the_same(
     again = load(model, cache).run({"x": batch})["y"]
     assert len(compiled) == 1
     assert np.array_equal(first, again)
+
+
+def test_a_load_tells_its_steps_and_where_the_artefact_came_from(
+    classifier: MakeModel, cache: EngineCache
+) -> None:
+    told: list[str] = []
+    for _ in range(2):
+        load_engine(
+            classifier(), CONFIG, (1, 8), cache=cache, threads=1, on_step=told.append
+        ).close()
+    assert told == [
+        "backend", "artefact (built)", "load",
+        "backend", "artefact (local)", "load",
+    ]  # fmt: skip
+
+
+SLOW_TO_IMPORT = {
+    "asyncio", "concurrent.futures", "logging", "pydantic", "rich", "structlog", "subprocess", "tempfile",
+}  # fmt: skip
+"""Each takes longer than a hit does, and what loads an engine out of the cache needs none of them."""
+
+A_HIT = """if True:
+    import json, pathlib, sys
+    import numpy, onnxruntime
+    before = set(sys.modules)
+    from pipelines.engines import EngineCache, load_engine
+    from schemas.models import EngineConfig
+    cache = EngineCache(pathlib.Path(sys.argv[2]), 2**30)
+    config = EngineConfig(file="model.onnx")
+    load_engine(pathlib.Path(sys.argv[1]), config, (1, 8), cache=cache, may_build=False).close()
+    print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_a_hit_imports_nothing_that_makes_a_cold_start_longer(
+    classifier: MakeModel, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = classifier()
+    monkeypatch.setattr(digest, "_SETTLED_NS", -(10**15))  # so that the model is not read anew
+    load(model, cache).close()
+    done = subprocess.run(
+        [sys.executable, "-c", A_HIT, model, cache.root],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    imported = set(json.loads(done.stdout))
+    assert "pipelines.engines.cache" in imported
+    assert imported & {*SLOW_TO_IMPORT, "onnx"} == set()
 
 
 def test_all_that_an_engine_depends_on_makes_another_one(

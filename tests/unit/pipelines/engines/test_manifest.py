@@ -16,6 +16,7 @@ from pipelines.engines.manifest import (
     BuildNote,
     Rejected,
     check,
+    finish,
     key_of,
     open_manifest,
     seal,
@@ -108,12 +109,75 @@ def test_a_manifest_that_claims_a_key_must_have_its_parts(keyring: Keyring) -> N
 
 @pytest.mark.parametrize(
     "name",
-    ["/etc/passwd", "../x", "artefact/../../x", "artefact", "manifest.json", "artefact//x", ""],
+    [
+        *(
+            "/etc/passwd",
+            "../x",
+            "artefact/../../x",
+            "artefact",
+            "manifest.json",
+            "artefact//x",
+            "",
+        ),
+        "artefact/nul\0",
+    ],
 )
 def test_a_manifest_names_files_of_its_artefact_alone(keyring: Keyring, name: str) -> None:
     files = {name: {"size_bytes": 0, "sha256": []}}
     with pytest.raises(Rejected, match="expected files of the artefact"):
         open_manifest(signed_by(keyring, files=files), KEY, keyring)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"size_bytes": 2 * manifest.PIECE_BYTES, "sha256": ["a" * 64]},
+        {"size_bytes": 5, "sha256": []},
+        {"size_bytes": 0, "sha256": ["a" * 64]},
+        {"size_bytes": -1, "sha256": []},
+    ],
+)
+def test_a_manifest_vouches_for_every_piece(keyring: Keyring, file: dict[str, Any]) -> None:
+    """Else what it says nothing of would be whatever comes."""
+    with pytest.raises(Rejected, match="a SHA-256 for each"):
+        open_manifest(signed_by(keyring, files={"artefact/x": file}), KEY, keyring)
+
+
+@pytest.mark.parametrize("start", ["", '{"signature":{"key_id":"","mac":""},"manifest":'])
+def test_what_is_nested_too_deeply_is_refused(keyring: Keyring, start: str) -> None:
+    with pytest.raises(Rejected, match="unreadable"):
+        open_manifest(start.encode() + b"[" * 100_000, KEY, keyring)
+
+
+def test_what_was_fetched_is_compared_again_when_the_machine_has_started_anew(
+    entry: Path, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not waited for until it is on disk, so a power cut may have taken some of it."""
+    monkeypatch.setattr(manifest, "_boot", lambda: "this run")
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest.os, "fsync", lambda fd: pytest.fail("it is waited for"))
+        finish(entry, (entry / MANIFEST).read_bytes(), durable=False)
+    hashed: list[str] = []
+    sha256_of = manifest.sha256_of
+    monkeypatch.setattr(
+        manifest, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path)
+    )
+    check(entry, KEY, keyring)
+    assert hashed == []
+    for boot in ("the next run", "the run after that"):
+        monkeypatch.setattr(manifest, "_boot", lambda boot=boot: boot)
+        check(entry, KEY, keyring)
+        assert sorted(hashed) == ["empty", "engine.bin"], "compared once, and now on disk for good"
+
+
+def test_where_the_system_tells_no_start_what_was_fetched_is_waited_for(
+    entry: Path, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(manifest, "_boot", lambda: None)
+    monkeypatch.setattr(manifest.os, "fsync", synced.append)
+    finish(entry, (entry / MANIFEST).read_bytes(), durable=False)
+    assert len(synced) == 3, "two files and the manifest"
 
 
 def test_who_has_keys_refuses_what_was_accepted_without(entry: Path, keyring: Keyring) -> None:

@@ -118,6 +118,21 @@ def test_what_the_library_says_is_told_apart(
     assert refused.value.code == code
 
 
+def test_an_operator_that_is_not_there_is_named_with_its_node(
+    cuda_build: None, tmp_path: Path
+) -> None:
+    """When it is loaded: which there are, the library on the machine with the GPU tells."""
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N"]) for n in "xy"]
+    node = helper.make_node("Frobnicate", ["x"], ["y"], name="/head/odd", domain="acme")
+    graph = helper.make_graph([node], "odd", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("acme", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "odd.onnx")
+    OnnxRuntimeCuda().compile(tmp_path / "odd.onnx", PROFILE, tmp_path)
+    with pytest.raises(InvalidModel, match="Frobnicate '/head/odd'") as refused:
+        OnnxRuntimeCuda().load(tmp_path, threads=1)
+    assert refused.value.code == "unsupported_operator"
+
+
 def test_an_artefact_is_the_graph_as_it_is_in_one_folder(
     classifier: MakeModel, artefact: Path, batch: np.ndarray
 ) -> None:

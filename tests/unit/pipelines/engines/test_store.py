@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -9,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
+from infra.logs import get_logger
 from infra.objects.files import FileObjects
 from pipelines.engines import flight, manifest, store
 from pipelines.engines.cache import Artefact, EngineCache
@@ -21,12 +23,14 @@ from pipelines.engines.manifest import key_of
 from pipelines.engines.signing import Keyring
 from pipelines.engines.store import EngineStore
 from schemas.errors import InvalidModel, PipelineError, Transient
+from schemas.payloads import Ref
 
 PARTS: dict[str, object] = {"model": "abc", "version": 1}
 KEY = key_of(PARTS)
 FOLDER = f"engines/{KEY[:2]}/{KEY}"
 CONTENT = b"compiled" * 1000
 KEYRING = Keyring({"k1": b"s" * 32})
+TOO_DEEP = b'{"manifest":' + b"[" * 100_000
 
 Machine = Callable[..., EngineCache]
 
@@ -107,6 +111,13 @@ def logged(caplog: pytest.LogCaptureFixture, event: str) -> list[str]:
     return [message.get("reason", "") for message in messages if message["event"] == event]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.005)
+
+
 def stored(objects: Objects) -> set[str]:
     """Names under the key, digests left out."""
     names = {info.key.rpartition("/")[2] for info in FileObjects.list(objects, FOLDER)}
@@ -145,6 +156,75 @@ def test_without_the_store_engines_are_built_here_and_it_is_said(
     assert machine("a").share(KEY)
     assert machine("b").get_or_build(PARTS, never).trace.origin == "store"
     assert not machine("a").share(KEY), "it is there already"
+
+
+def test_a_store_that_goes_during_a_download_is_as_one_that_was_away(
+    machine: Machine, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("a").get_or_build(PARTS, Builder()).release()
+    fetch = Objects.fetch
+
+    def last(self: Objects, ref: Any) -> bytes:
+        objects.gone = True
+        return fetch(self, ref)
+
+    monkeypatch.setattr(Objects, "fetch", last)
+    with pytest.raises(Transient, match="the store is gone") as refused:
+        machine("b").get_or_build(PARTS, never, may_build=False)
+    assert refused.value.code == "engine_not_built"
+    objects.gone = False
+    artefact = machine("b").get_or_build(PARTS, Builder())
+    assert (artefact.trace.origin, artefact.trace.store_fault) == ("built", "the store is gone")
+    assert is_whole(artefact)
+
+
+def test_a_store_that_is_away_is_an_error_that_may_pass(machine: Machine, objects: Objects) -> None:
+    """Where there is nothing to go on with, as in `headrace engines verify --store`."""
+    objects.gone = True
+    shared = machine("a").store
+    assert shared is not None
+    for ask in (lambda: shared.verify(KEY), shared.entries, lambda: shared.prune(max_bytes=0)):
+        with pytest.raises(Transient, match="the store is gone") as failed:
+            ask()
+        assert failed.value.code == "engine_store_unavailable"
+
+
+def test_an_engine_found_damaged_when_it_is_to_be_shared_is_removed(
+    machine: Machine, objects: Objects
+) -> None:
+    objects.gone = True
+    artefact = machine("a").get_or_build(PARTS, Builder())
+    objects.gone = False
+    flip_a_bit(artefact.path / "engine.bin")
+    entry = artefact.path.parent
+    manifest._accept(entry, manifest._stamps(entry), durable=True)  # as if no stamp showed it
+    with pytest.raises(Transient, match="built anew") as refused:
+        machine("a").share(KEY)
+    assert refused.value.code == "engine_rejected"
+    assert not entry.exists()
+    assert stored(objects) == set()
+    machine("a").get_or_build(PARTS, Builder())
+    assert is_whole(machine("b").get_or_build(PARTS, never))
+
+
+def test_a_builder_that_says_a_lot_can_share_what_it_built(machine: Machine) -> None:
+    def build(into: Path) -> None:
+        Builder()(into)
+        for _ in range(100):
+            get_logger("engines.vendor").warning("graph", text="x" * 100_000)
+
+    machine("a").get_or_build(PARTS, build)
+    assert is_whole(machine("b").get_or_build(PARTS, never))
+
+
+def test_what_is_fetched_makes_others_leave_soon(machine: Machine) -> None:
+    machine("a").get_or_build(PARTS, Builder()).release()
+    small = machine("b")
+    small.get_or_build({"model": "old"}, Builder()).release()
+    old = small.disk.entry(key_of({"model": "old"}))
+    small = EngineCache(small.root, 3 * len(CONTENT), keyring=KEYRING, store=small.store)
+    small.get_or_build(PARTS, never).release()
+    until(lambda: not old.exists())
 
 
 def test_a_store_that_goes_during_the_build_costs_only_the_copy(
@@ -188,6 +268,9 @@ DAMAGE: dict[str, Callable[[Objects], object]] = {
     ),
     "an empty manifest": lambda objects: objects.put(f"{FOLDER}/manifest.json", b""),
     "garbage as manifest": lambda objects: objects.put(f"{FOLDER}/manifest.json", b"\xff\x00"),
+    "a manifest nested too deeply": lambda objects: objects.put(
+        f"{FOLDER}/manifest.json", TOO_DEEP
+    ),
 }
 
 
@@ -323,6 +406,12 @@ def test_a_failed_build_is_remembered_for_the_fleet(machine: Machine) -> None:
     assert machine("b", clock=lambda: now[0]).get_or_build(PARTS, never), "it is forgotten"
 
 
+@pytest.mark.parametrize("content", [b"\xff\x00", b"[1]", TOO_DEEP])
+def test_garbage_for_a_failure_is_none(machine: Machine, objects: Objects, content: bytes) -> None:
+    objects.put(f"{FOLDER}/failed.json", content)
+    assert is_whole(machine("a").get_or_build(PARTS, Builder()))
+
+
 def test_a_failure_of_the_future_does_not_count(machine: Machine) -> None:
     def fail(into: Path) -> None:
         raise InvalidModel("unusable_onnx", "Expected a model, got none.")
@@ -350,16 +439,26 @@ def test_who_may_not_build_does_not_wait_for_a_build_elsewhere(
     assert refused.value.code == "engine_not_built"
 
 
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_after_a_part(self: Objects, ref: Ref, file: BinaryIO) -> None:
+    file.write(self.fetch(ref)[: ref.size_bytes // 2])
+    full()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fail"),
+    [(Objects, "fetch_into", full_after_a_part), (flight, "finish", full)],
+    ids=["in the middle", "at its end"],
+)
 def test_a_disk_too_full_for_a_download_says_so_and_leaves_nothing(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, where: object, name: str, fail: object
 ) -> None:
     machine("a").get_or_build(PARTS, Builder()).release()
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patched:
-        patched.setattr(flight, "finish", full)
+        patched.setattr(where, name, fail)
         with pytest.raises(Transient) as failed:
             machine("b").get_or_build(PARTS, never)
     assert failed.value.code == "disk_full"
@@ -411,10 +510,7 @@ def test_the_store_is_pruned_by_size_but_for_what_is_in_use(shared: EngineStore)
 
 def test_a_fetch_counts_as_use(shared: EngineStore, machine: Machine) -> None:
     machine("b").get_or_build({"days": 3}, never)
-    give_up_at = time.monotonic() + 20
-    while shared.entries()[0].key == key_of({"days": 3}):
-        assert time.monotonic() < give_up_at
-        time.sleep(0.005)
+    until(lambda: shared.entries()[0].key != key_of({"days": 3}))
     shared.prune(unused_s=1.5 * DAY_S)
     assert left(shared) == [0, 1, 3]
 

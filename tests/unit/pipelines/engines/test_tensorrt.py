@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipelines.engines import _backend, tensorrt
+from infra.settings import TensorRTSettings
+from pipelines.engines import tensorrt
+from pipelines.engines.backends import Backends
 from pipelines.engines.engine import DeviceOutOfMemory, Profile
-from pipelines.engines.tensorrt import PLAN_FILE, TensorRT, probe
-from pipelines.engines.tensorrt_build import BuildOptions
+from pipelines.engines.machine_cache import MachineCache
+from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
 from pipelines.engines.tensorrt_library import import_library
-from pipelines.engines.tensorrt_validity import Validity
+from pipelines.engines.tensorrt_load import Validity
 from schemas.errors import InvalidModel, PipelineError
 from tests.unit.pipelines.engines.tensorrt_fake import (
     H100,
@@ -70,20 +71,21 @@ def test_a_graph_without_dynamic_axes_gets_no_profile(trt: Any, tmp_path: Path) 
     assert config.told_profiles == []
 
 
-def test_float32_is_float32_unless_it_is_said(trt: Any, tmp_path: Path) -> None:
+def test_float32_is_not_rounded(trt: Any, tmp_path: Path) -> None:
+    """By default the library takes TF32."""
     TensorRT().compile(MODEL, Profile((1,)), tmp_path)
-    TensorRT(options=BuildOptions(tf32=True)).compile(MODEL, Profile((1,)), tmp_path)
-    assert [config.told_flags for config in trt.gpu.builds] == [set(), {BuilderFlag.TF32}]
+    [config] = trt.gpu.builds
+    assert config.told_flags == set()
 
 
-def test_options_reach_the_builder(trt: Any, tmp_path: Path) -> None:
-    options = BuildOptions(
+def test_settings_reach_the_builder(trt: Any, tmp_path: Path) -> None:
+    settings = TensorRTSettings(
         hardware_compatibility="ampere_plus",
         version_compatible=True,
         optimization_level=5,
         workspace_bytes=1 << 20,
     )
-    TensorRT(options=options).compile(MODEL, Profile((1,)), tmp_path)
+    TensorRT(settings=settings).compile(MODEL, Profile((1,)), tmp_path)
     [config] = trt.gpu.builds
     assert config.told_flags == {BuilderFlag.VERSION_COMPATIBLE}
     assert config.told_pools == {MemoryPoolType.WORKSPACE: 1 << 20}
@@ -116,7 +118,7 @@ def test_a_build_that_fails_says_why(
 def test_kernels_are_timed_once_on_a_machine(trt: Any, tmp_path: Path) -> None:
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
-        backend = TensorRT(machine_cache=tmp_path / "machine")
+        backend = TensorRT(machine_cache=MachineCache(tmp_path / "machine"))
         backend.compile(MODEL, Profile((1,)), tmp_path / folder)
     assert [config.told_timings for config in trt.gpu.builds] == [[b""], [b"timing;"]]
     [kept] = (tmp_path / "machine").iterdir()
@@ -127,7 +129,7 @@ def test_kernels_are_timed_once_on_a_machine(trt: Any, tmp_path: Path) -> None:
 def test_times_of_another_gpu_are_not_used(
     trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = TensorRT(machine_cache=tmp_path / "machine")
+    backend = TensorRT(machine_cache=MachineCache(tmp_path / "machine"))
     backend.compile(MODEL, Profile((1,)), tmp_path)
     monkeypatch.setattr(tensorrt, "open_cuda", lambda: trt.gpu.cuda)
     monkeypatch.setattr(trt.gpu.cuda, "_device", H100)
@@ -136,7 +138,7 @@ def test_times_of_another_gpu_are_not_used(
 
 
 def test_times_that_the_library_refuses_are_left(trt: Any, tmp_path: Path) -> None:
-    backend = TensorRT(machine_cache=tmp_path / "machine")
+    backend = TensorRT(machine_cache=MachineCache(tmp_path / "machine"))
     cache = backend._timings(L4)
     assert cache
     cache.write(b"another GPU")
@@ -147,7 +149,7 @@ def test_times_that_the_library_refuses_are_left(trt: Any, tmp_path: Path) -> No
 
 def test_a_folder_that_cannot_be_written_costs_time_alone(trt: Any, tmp_path: Path) -> None:
     (tmp_path / "machine").write_text("a file")
-    backend = TensorRT(machine_cache=tmp_path / "machine")
+    backend = TensorRT(machine_cache=MachineCache(tmp_path / "machine"))
     backend.compile(MODEL, Profile((1,)), tmp_path)
     assert (tmp_path / PLAN_FILE).exists()
 
@@ -165,15 +167,15 @@ def test_all_that_a_plan_depends_on_is_in_the_fingerprint(
         "compute_capability": 89,
         "memory_bytes": 24 * 1024**3,
     }
-    for options in [
-        BuildOptions(tf32=True),
-        BuildOptions(version_compatible=True),
-        BuildOptions(optimization_level=1),
-        BuildOptions(workspace_bytes=1),
-        BuildOptions(hardware_compatibility="same_compute_capability"),
-        BuildOptions(hardware_compatibility="ampere_plus"),
+    for setting in [
+        {"version_compatible": True},
+        {"optimization_level": 1},
+        {"workspace_bytes": 1},
+        {"hardware_compatibility": "same_compute_capability"},
+        {"hardware_compatibility": "ampere_plus"},
     ]:
-        assert TensorRT(options=options).fingerprint() != here, options
+        assert TensorRT(settings=TensorRTSettings(**setting)).fingerprint() != here, setting
+    assert TensorRT(settings=TensorRTSettings(slots=3)).fingerprint() == here
     monkeypatch.setattr(cuda, "_device", H100)
     assert TensorRT().fingerprint() != here
 
@@ -185,8 +187,15 @@ def test_all_that_a_plan_depends_on_is_in_the_fingerprint(
 def test_an_engine_for_more_gpus_depends_on_less_of_one(
     trt: Any, compatible: Any, device: dict[str, object]
 ) -> None:
-    backend = TensorRT(options=BuildOptions(hardware_compatibility=compatible))
+    backend = TensorRT(settings=TensorRTSettings(hardware_compatibility=compatible))
     assert backend.fingerprint()["device"] == device
+
+
+def test_later_versions_of_a_major_share_an_engine_only_where_they_can_load_it(trt: Any) -> None:
+    compatible = TensorRTSettings(version_compatible=True)
+    assert (TensorRT().version, TensorRT(settings=compatible).version) == ("11.4.0.106", "11")
+    rtx = TensorRTSettings(target="sm89")
+    assert TensorRT(settings=rtx).fingerprint() == TensorRT().fingerprint(), "TensorRT-RTX's alone"
 
 
 def test_tensorrt_is_for_the_machine_it_builds_on(trt: Any) -> None:
@@ -205,7 +214,8 @@ def test_what_was_compiled_is_loaded_and_runs(
     shapes = [{"x": ([n, 4], [n, 4], [n, 4])} for n in (1, 8)]
     plan = plan_of({"x": ("FLOAT", [-1, 4])}, {"y": ("FLOAT", [-1, 4])}, shapes, [0, 64])
     (tmp_path / PLAN_FILE).write_bytes(plan)
-    backend = TensorRT(options=BuildOptions(version_compatible=version_compatible), slots=3)
+    settings = TensorRTSettings(version_compatible=version_compatible, slots=3)
+    backend = TensorRT(settings=settings)
     assert backend.validity(tmp_path) == Validity("unknown")
     engine = backend.load(tmp_path, threads=1)
     x = np.ones((3, 4), np.float32)
@@ -238,8 +248,6 @@ def test_a_missing_library_says_which_extra_installs_it(
         TensorRT(name)
     assert missing.value.code == "backend_missing"
     assert type(missing.value) is PipelineError
-    assert probe(name).version is None
-    assert f"install 'headrace[{name}]'" in probe(name).missing[0]
     import_library.cache_clear()
 
 
@@ -249,16 +257,15 @@ def test_a_library_that_is_too_old_is_refused(trt: Any) -> None:
         TensorRT()
 
 
-def test_the_probe_tells_what_is_here(trt: Any, cuda: FakeCuda) -> None:
-    found = probe("tensorrt")
-    assert (found.version, found.device, found.missing) == ("11.4.0.106", L4, ())
-
-
-def test_the_backends_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = SimpleNamespace(names=[])
-    monkeypatch.setattr(tensorrt, "TensorRT", lambda name: made.names.append(name))
-    for name in ("tensorrt", "tensorrt-rtx"):
-        _backend.__wrapped__(name)
-    assert made.names == ["tensorrt", "tensorrt-rtx"]
+def test_the_backends_are_known_by_their_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = []
+    monkeypatch.setattr(tensorrt, "TensorRT", lambda *given: made.append(given) or given)
+    given = TensorRTSettings(slots=3), MachineCache(tmp_path)
+    backends = Backends(*given)
+    for name in ("tensorrt", "tensorrt-rtx", "tensorrt"):
+        assert backends.get(name) == (name, *given)
+    assert len(made) == 2, "one of each"
     with pytest.raises(InvalidModel, match="tensorrt, tensorrt-rtx, got 'tpu'"):
-        _backend("tpu")
+        backends.get("tpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -16,22 +17,45 @@ import onnx.backend.test
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from examples.models import efficientnet, minilm, whisper
+from infra.objects.files import FileObjects
+from infra.settings import EngineSettings, Settings, TensorRTSettings
+from pipelines.bundle import Bundle
+from pipelines.engines import build_engine, open_cache, tensorrt_build
 from pipelines.engines.cuda import open_cuda
 from pipelines.engines.engine import Profile
 from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
-from pipelines.engines.tensorrt_build import BuildOptions
-from pipelines.engines.tensorrt_validity import Validity
+from pipelines.engines.tensorrt_library import import_library
+from pipelines.engines.tensorrt_load import Validity
 from schemas.errors import InvalidModel, PipelineError
-from schemas.models import ShapeRange
+from schemas.models import EngineConfig, ShapeRange
 from tests.servers.process import NOT_TESTED
 
 MakeModel = Callable[..., Path]
 Compile = Callable[..., bytes]
+DemoBundle = Callable[[str], Path]
+
+BUCKETS = (1, 8)
+LIGHT = Path(onnx.backend.test.__file__).parent / "data" / "light"
+"""Models of the onnx package, their weights constants. Their batch is fixed."""
+
+LONG = os.environ.get("HEADRACE_FAULTS") == "long"
+"""Every model for every GPU, which takes minutes. Otherwise each of the small ones for one of them."""
 
 TARGETS = ["sm80", "sm86", "sm89", "sm120"]
-LIGHT = Path(onnx.backend.test.__file__).parent / "data" / "light"
-BUCKETS = (1, 8)
+LIGHT_CASES = [
+    *(("zfnet512", target) for target in TARGETS),
+    *zip(["bvlc_alexnet", "squeezenet", "vgg19", "inception_v1"], TARGETS, strict=True),
+]
+DEMO_CASES = [
+    ("efficientnet-lite0", "main", "sm80"),
+    ("whisper-tiny-en", "encoder", "sm86"),
+    ("whisper-tiny-en", "decoder", "sm89"),
+    ("minilm-embed", "main", "sm120"),
+]
+if LONG:
+    names = sorted(path.stem.removeprefix("light_") for path in LIGHT.glob("*.onnx"))
+    LIGHT_CASES = list(itertools.product(names, TARGETS))
+    DEMO_CASES = [(*model, target) for *model, _ in DEMO_CASES for target in TARGETS]
 
 if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip(
@@ -60,12 +84,11 @@ def compile_(tmp_path: Path) -> Compile:
         model: Path,
         target: str = "sm89",
         buckets: tuple[int, ...] = BUCKETS,
-        options: BuildOptions | None = None,
         **ranges: ShapeRange,
     ) -> bytes:
         folder = tmp_path / "artefact"
         folder.mkdir(exist_ok=True)
-        backend = TensorRT("tensorrt-rtx", options).for_target(target)
+        backend = TensorRT("tensorrt-rtx").for_target(target)
         backend.compile(model, Profile(buckets, ranges), folder)
         assert [path.name for path in folder.iterdir()] == [PLAN_FILE]
         if not _has_gpu():
@@ -81,9 +104,8 @@ def expect_a_plan(plan: bytes) -> None:
     """As far as its header tells: what it is, how long, and of which version."""
     import tensorrt_rtx
 
-    header = plan[
-        : tensorrt_rtx.Runtime(TensorRT("tensorrt-rtx")._library.logger).engine_header_size
-    ]
+    runtime = tensorrt_rtx.Runtime(import_library("tensorrt-rtx").logger)
+    header = plan[: runtime.engine_header_size]
     assert header[1:4] == b"trt"
     assert int.from_bytes(header[16:24], "little") == len(plan)
     assert ".".join(map(str, header[24:28])) == tensorrt_rtx.__version__
@@ -92,38 +114,21 @@ def expect_a_plan(plan: bytes) -> None:
 # ── models ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["bvlc_alexnet", "squeezenet", "vgg19", "zfnet512"])
-def test_light_models_are_built_for_every_gpu(compile_: Compile, name: str, target: str) -> None:
-    """Those of the onnx package whose batch is fixed. The larger ones are built for one GPU below."""
+@pytest.mark.parametrize(("name", "target"), LIGHT_CASES)
+def test_light_models_are_built(compile_: Compile, name: str, target: str) -> None:
     expect_a_plan(compile_(LIGHT / f"light_{name}.onnx", target))
 
 
-@pytest.mark.parametrize(("name", "target"), [("inception_v1", "sm120"), ("resnet50", "sm86")])
-def test_larger_light_models_are_built(compile_: Compile, name: str, target: str) -> None:
-    expect_a_plan(compile_(LIGHT / f"light_{name}.onnx", target))
-
-
-def test_the_classifier_of_photographs_is_built(compile_: Compile, tmp_path: Path) -> None:
-    efficientnet.build(tmp_path / "bundle")
-    plan = compile_(tmp_path / "bundle" / "model.onnx", "sm89", (1, 2, 4, 8))
+@pytest.mark.parametrize(("bundle", "role", "target"), DEMO_CASES)
+def test_the_demos_models_are_built_as_their_model_yaml_says(
+    compile_: Compile, demo_bundle: DemoBundle, bundle: str, role: str, target: str
+) -> None:
+    opened = Bundle.open(demo_bundle(bundle), check_graphs=False)
+    config, buckets = opened.config.engines[role], opened.config.batch.buckets
+    model = opened.path(config.file)
+    plan = compile_(model, target, buckets if LONG else buckets[:1], **config.shapes)
     expect_a_plan(plan)
-    assert len(plan) > 4 * 4_600_000, "holds its weights"
-
-
-def test_the_model_of_sentences_is_built(compile_: Compile, tmp_path: Path) -> None:
-    minilm.build_embedder(tmp_path / "bundle")
-    tokens = ShapeRange((1,), (64,), (256,))
-    model = tmp_path / "bundle" / "model.onnx"
-    expect_a_plan(compile_(model, "sm120", (1, 8), input_ids=tokens, attention_mask=tokens))
-
-
-def test_both_engines_of_speech_are_built(compile_: Compile, tmp_path: Path) -> None:
-    """Nothing has been said before the first token: that axis begins at 0."""
-    whisper.build(tmp_path / "bundle")
-    expect_a_plan(compile_(tmp_path / "bundle" / "encoder.onnx", "sm86", (1, 2)))
-    past = ShapeRange((8, 6, 0, 64), (8, 6, 64, 64), (8, 6, 225, 64))
-    expect_a_plan(compile_(tmp_path / "bundle" / "decoder.onnx", "sm80", (1, 2), past_kv=past))
+    assert len(plan) > model.stat().st_size, "holds its weights"
 
 
 # ── precision, shapes, targets ──────────────────────────────────────────────────────────────────
@@ -191,9 +196,35 @@ def test_one_plan_for_several_gpus_and_one_profile_for_each_bucket(
     expect_a_plan(compile_(model, "sm89", (1, 2, 4, 8, 16, 32)))
 
 
-def test_rounding_float32_is_explicit(compile_: Compile, classifier: MakeModel) -> None:
-    model = classifier()
-    assert compile_(model, options=BuildOptions(tf32=True)) != compile_(model)
+def test_the_library_has_taken_a_profile_for_each_bucket_and_the_gpus(
+    classifier: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Any] = []
+    monkeypatch.setattr(tensorrt_build, "_use_timings", lambda config, _: configs.append(config))
+    backend = TensorRT("tensorrt-rtx", TensorRTSettings(workspace_bytes=1 << 28))
+    backend.for_target("sm80,sm89").compile(classifier(), Profile((1, 2, 8)), tmp_path)
+    [config] = configs
+    assert config.num_optimization_profiles == 3
+    assert config.num_compute_capabilities == 2
+    trt = backend._library.trt
+    assert not config.get_flag(trt.BuilderFlag.TF32), "float32 is not rounded"
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
+
+
+def test_gpus_of_the_settings_are_those_of_the_command_line(
+    classifier: MakeModel, tmp_path: Path
+) -> None:
+    """And their engines are the same."""
+    engines = EngineSettings(cache_dir=tmp_path / "cache", tensorrt={"target": "sm89,sm80"})
+    objects = FileObjects(tmp_path / "objects")
+    cache = open_cache(Settings(data_dir=tmp_path, engines=engines), objects)
+    config = EngineConfig("model.onnx", "tensorrt-rtx")
+    keys = []
+    for target in (None, "sm80,sm89", "sm89"):
+        artefact = build_engine(classifier(), config, (1,), cache=cache, target=target)
+        artefact.release()
+        keys.append(artefact.trace.key)
+    assert keys[0] == keys[1] != keys[2]
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────
@@ -298,6 +329,15 @@ def test_inputs_that_numpy_does_not_have_are_refused(
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     error = refused(compile_, save_graph("bf16.onnx", graph))
     assert error.code == "unsupported_tensor_type"
+
+
+def test_too_little_scratch_memory_is_refused_in_the_librarys_words(
+    classifier: MakeModel, tmp_path: Path
+) -> None:
+    backend = TensorRT("tensorrt-rtx", TensorRTSettings(target="sm89", workspace_bytes=1 << 20))
+    with pytest.raises(InvalidModel, match="within workspace limit") as refusal:
+        backend.compile(classifier(), Profile(BUCKETS), tmp_path)
+    assert refusal.value.code == "engine_build_failed"
 
 
 @pytest.mark.parametrize("target", ["sm90", "sm89,sm90", "89", "", "sm89 sm80"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import pytest
 
 from pipelines.engines import tensorrt_load
 from pipelines.engines.engine import DeviceOutOfMemory
+from pipelines.engines.machine_cache import MachineCache
 from pipelines.engines.tensorrt_engine import TensorRTEngine
 from pipelines.engines.tensorrt_library import Library, _logger
-from pipelines.engines.tensorrt_validity import Validity, validity_of
+from pipelines.engines.tensorrt_load import Validity, validity_of
 from pipelines.model import LoadedModel
 from schemas.batches import Batch, BatchItem
 from schemas.errors import InferenceFailed, InvalidModel, Transient
@@ -58,7 +60,11 @@ def load(cuda: FakeCuda, tmp_path: Path) -> Load:
     """`load(plan, slots=2)`: an engine on the fakes; its library's state is in `load.gpu`."""
 
     def load(
-        plan: bytes = PLAN, *, trt: Any = None, slots: int = 2, machine_cache: Path | None = None
+        plan: bytes = PLAN,
+        *,
+        trt: Any = None,
+        slots: int = 2,
+        machine_cache: MachineCache | None = None,
     ) -> TensorRTEngine:
         trt = trt or fake_tensorrt(cuda)
         (tmp_path / "engine.plan").write_bytes(plan)
@@ -363,13 +369,13 @@ def test_a_batch_for_which_memory_ends_is_halved_until_it_fits(
     engine = load(plan_of(*_of_three((1, 2, 4, 8)), scratch=[0] * 4), trt=trt)
     model = LoadedModel(make_bundle(more="batch: {buckets: [1, 2, 4, 8]}"), {"main": engine})
     trt.gpu.most_rows = 2
-    items = [_item(number) for number in range(7)]
+    items = [_item(number) for number in range(8)]
     stages = Stages(None, executors=1)  # type: ignore[arg-type]
     rows.clear()
     outcomes = stages.run(Batch("id", "tiny", 1, 0, 10, 10, False, items), model)
     stages.close()
     answers = [json.loads(outcome.answer or b"{}") for outcome in outcomes]
-    assert [answer["outputs"]["y"] for answer in answers] == [[2.0 * n] * 3 for n in range(7)]
+    assert [answer["outputs"]["y"] for answer in answers] == [[2.0 * n] * 3 for n in range(8)]
     assert max(rows) == 2
 
 
@@ -429,7 +435,7 @@ def test_validity_is_what_the_library_says_where_it_can(
     trt = fake_tensorrt(cuda, is_rtx=True)
     trt.gpu.validity = (EngineValidity[found], reasons)
     library = Library(trt, _logger(trt), is_rtx=True)
-    assert validity_of(library, trt.Runtime(library.logger), PLAN) == verdict
+    assert validity_of(library, trt.Runtime(library.logger), io.BytesIO(PLAN)) == verdict
 
 
 def test_a_plan_without_room_may_be_tried_again(load: Load, cuda: FakeCuda) -> None:
@@ -461,11 +467,11 @@ def test_kernels_that_were_compiled_once_are_there_at_the_next_load(
 
     for expected in (b"", b"kernel;"):
         trt = fake_tensorrt(cuda, is_rtx=True)
-        load(trt=trt, machine_cache=tmp_path / "machine").close()
+        load(trt=trt, machine_cache=MachineCache(tmp_path / "machine")).close()
         assert known(trt.gpu) == expected
     [kept] = (tmp_path / "machine").iterdir()
     kept.write_bytes(kept.read_bytes()[:-1] + b"!")
     trt = fake_tensorrt(cuda, is_rtx=True)
-    load(trt=trt, machine_cache=tmp_path / "machine")
+    load(trt=trt, machine_cache=MachineCache(tmp_path / "machine"))
     assert known(trt.gpu) == b"", "damaged kernels are compiled again"
     assert cuda.device() == L4

@@ -16,7 +16,7 @@ from schemas.errors import InferenceFailed, InvalidJob, Transient
 from schemas.jobs import Job, job_headers, read_job
 from schemas.results import StageTimes, decode_outcome
 from schemas.topics import KEYS, RESULTS, RETRY
-from workers.dispatcher.outcomes import RetryPolicy
+from workers.dispatcher.outcomes import WAIT_MIN_S, RetryPolicy
 
 MakeJob = Callable[..., Job]
 
@@ -251,6 +251,15 @@ def test_a_retry_waits_anywhere_between_now_and_twice_as_long_each_time_up_to_th
     delay_s = RetryPolicy(base_s, cap_s, random.Random(seed)).delay_s(failures)
 
     assert 0 <= delay_s <= min(cap_s, base_s * 2 ** min(failures, 64))
+
+
+@given(st.floats(-1e6, 1e6), st.integers())
+def test_a_job_that_waits_is_tried_again_after_a_tenth_of_its_wait_but_never_at_once(
+    waited_s: float, seed: int
+) -> None:
+    most_s = min(60, max(WAIT_MIN_S, waited_s / 10))
+
+    assert most_s / 2 <= RetryPolicy(0.5, 60, random.Random(seed)).wait_s(waited_s) <= most_s
 
 
 @pytest.mark.parametrize(("failures", "most_s"), [(0, 0.5), (1, 1), (2, 2), (20, 60)])

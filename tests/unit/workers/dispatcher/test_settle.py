@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from infra.eventlog import NewRecord
@@ -13,12 +14,14 @@ from schemas.jobs import Job, read_job
 from schemas.payloads import Payload
 from schemas.topics import RETRY
 from workers.dispatcher.leases import Lease
-from workers.dispatcher.settle import MAX_DISPATCHES
+from workers.dispatcher.outcomes import WAIT_MIN_S
+from workers.dispatcher.settle import BLAMELESS, MAX_DISPATCHES
 
 MakeJob = Callable[..., Job]
 
 GOOD = ItemOutcome(b'{"type":"echo"}')
 PASSING = ItemOutcome(code="device_out_of_memory", message="Away.", retry=True)
+NOT_BUILT = ItemOutcome(code="engine_not_built", message="Not built yet.", retry=True)
 FOR_GOOD = ItemOutcome(code="image_truncated", message="Expected a whole image.")
 
 
@@ -112,15 +115,62 @@ def test_a_model_that_allows_one_attempt_has_one(make_world: Any, make_job: Make
     assert world.log.statuses() == {"a": "failed"}
 
 
-def test_a_store_that_is_away_uses_up_no_attempt(world: Any, run: Any, make_job: MakeJob) -> None:
-    """A full disk would otherwise make dead letters of good jobs within seconds; the deadline ends it."""
-    lease = run(make_job(id="a"))
-    lease.jobs[0].job = make_job(id="a", version=1, attempt=50)
+@pytest.mark.parametrize("suspect", [False, True])
+@pytest.mark.parametrize("code", sorted(BLAMELESS))
+def test_what_is_no_fault_of_the_job_is_not_charged(
+    make_world: Any, make_job: MakeJob, noon: float, code: str, suspect: bool
+) -> None:
+    """A full disk would otherwise make dead letters of good jobs within seconds, and so would an engine that is
+    still being built."""
+    world = make_world(max_attempts=1)
+    world.submit(make_job(id="a"))
+    world.intake.receive(world.clock.wall())
+    (job,) = world.batcher.next_batch(["standard"], 0)
+    job.job = msgspec.structs.replace(job.job, suspect=suspect)
+    world.leases.grant("b", "w", [job], 0)
 
-    settle(world, ItemOutcome(code="storage_full", message="Full.", retry=True))
+    settle(world, ItemOutcome(code=code, message="Not now.", retry=True))
 
     assert world.log.statuses() == {}
-    assert [job.attempt for job in retried(world)] == [51]
+    (again,) = retried(world)
+    assert (again.attempt, again.suspect, again.waits_for) == (0, suspect, code)
+    assert again.not_before > noon
+
+
+def test_a_job_that_waited_is_run_when_it_can_be_and_waits_for_nothing_after_a_failure(
+    world: Any, run: Any, make_job: MakeJob
+) -> None:
+    run(make_job(id="a"))
+    settle(world, NOT_BUILT)
+    for item in (PASSING, GOOD):
+        world.clock.advance(WAIT_MIN_S)
+        world.intake.receive(world.clock.wall())
+        world.intake.wake(world.clock.wall())
+        batch = world.batcher.next_batch(["standard"], world.clock.wall())
+        world.leases.grant("b", "w", batch, world.clock.monotonic())
+        settle(world, item)
+
+    assert [(job.attempt, job.waits_for) for job in retried(world)] == [
+        (0, "engine_not_built"),
+        (1, None),
+    ]
+    (outcome,) = world.log.outcomes()
+    assert (outcome.status, outcome.attempts) == ("succeeded", 2)
+
+
+def test_a_job_waits_until_its_deadline_and_no_longer(
+    world: Any, run: Any, make_job: MakeJob, noon: float
+) -> None:
+    run(make_job(id="a", deadline_at=noon + 0.5))
+    settle(world, NOT_BUILT)
+
+    world.clock.advance(0.5)
+    world.intake.receive(world.clock.wall())
+    world.intake.wake(world.clock.wall())
+    world.outcomes.commit(world.clock.wall())
+
+    (outcome,) = world.log.outcomes()
+    assert (outcome.status, outcome.attempts) == ("expired", 0)
 
 
 def test_a_job_cancelled_while_it_ran_ends_as_cancelled_whatever_came_of_it(

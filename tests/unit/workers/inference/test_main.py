@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +13,15 @@ import pytest
 
 from infra.settings import load_settings
 from pipelines.bundle import Bundle
+from pipelines.engines.engine import DEVICE_FAILED
+from pipelines.load import load_model
 from schemas.errors import InvalidJob, InvalidModel, Transient
 from workers.inference import main as worker_main
+from workers.inference import start
 from workers.inference.hearing import DEAF_S, Hearing
 from workers.inference.main import Worker
+from workers.inference.start import Steps
+from workers.process import EXIT_FAILED
 
 
 class Ended(BaseException):
@@ -25,7 +32,7 @@ class Ended(BaseException):
 def worker(tmp_path: Any, fleet: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = load_settings(data_dir=tmp_path, worker={"name": "w", "drain_s": 0})
-    worker = Worker(settings)
+    worker = Worker(settings, Steps())
     worker.fleet = fleet
     worker.runner._fleet = fleet
 
@@ -161,7 +168,7 @@ def test_a_model_that_does_not_warm_up_is_closed_again(
     """Its engines would stay in memory, uncounted, and more with each batch that asks for it."""
     closed: list[bool] = []
 
-    def warm() -> None:
+    def warm(_: Any) -> None:
         raise InvalidModel("model_check_failed", "No.")
 
     model = SimpleNamespace(warm=warm, close=lambda: closed.append(True), memory_bytes=1)
@@ -199,6 +206,92 @@ def test_a_model_that_does_not_load_keeps_no_other_from_being_warmed_up(
 
     assert loaded == ["good"]
     assert worker.residency.names() == ["good/1"]
+    assert list(worker.start.seconds) == ["connect", "catalogue", "bad not loaded"]
+
+
+@pytest.fixture
+def installed(
+    worker: Worker, make_tensor_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The name of a model that is in the catalogue, its engine compiled when it was added."""
+    folder = make_tensor_bundle("tiny", more="batch: {max_jobs: 4, buckets: [1, 4]}")
+    load_model(Bundle.open(folder), worker.cache, budget_bytes=2**30).close()
+    card = SimpleNamespace(name="tiny", version=1)
+    catalogue: Any = SimpleNamespace(
+        cards=lambda: [card], resolve=lambda *_: card, folder=lambda _: folder
+    )
+    monkeypatch.setattr(worker, "catalogue", catalogue)
+    return "tiny"
+
+
+LOAD_STEPS = (
+    "fetch", "main backend", "main artefact (local)", "main load", "prepare", "warm 1", "warm 4",
+)  # fmt: skip
+
+
+def test_the_start_is_told_step_by_step_and_in_whole(
+    worker: Worker, fleet: Any, installed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_beating", SimpleNamespace(start=lambda: None, is_alive=bool))
+    monkeypatch.setattr(worker, "keep_current_forever", lambda: None)
+    worker.warm_up()
+    worker.beat()
+    assert fleet.beats[-1].cold_start_s == 0
+
+    worker.on_ready()
+    worker.beat()
+
+    beat = fleet.beats[-1]
+    assert list(beat.start) == [
+        "connect", "catalogue", *(f"{installed}/1 {step}" for step in LOAD_STEPS), "listen",
+    ]  # fmt: skip
+    assert beat.ready
+    assert sum(beat.start.values()) == pytest.approx(beat.cold_start_s, rel=0.1)
+
+
+def test_a_model_that_is_loaded_later_is_no_part_of_the_start_and_logged_alike(
+    worker: Worker, installed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.cold_start_s = 1.0
+    started = dict(worker.start.seconds)
+    logged: list[Any] = []
+    log = SimpleNamespace(info=lambda event, **facts: logged.append((event, facts.get("step"))))
+    monkeypatch.setattr(start, "logger", log)
+
+    with worker.residency.use(installed, 1):
+        pass
+
+    assert worker.start.seconds == started
+    assert logged == [("step", step) for step in LOAD_STEPS]
+
+
+def test_a_device_that_fails_while_warming_up_ends_the_start(
+    worker: Worker, installed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, version: int) -> Any:
+        raise Transient(DEVICE_FAILED, "Expected CUDA's cuInit to succeed.")
+
+    monkeypatch.setattr(worker.residency, "_load", load)
+
+    with pytest.raises(Transient, match="cuInit"):
+        worker.warm_up()
+
+
+def test_a_worker_whose_device_failed_asks_for_no_more_and_ends_as_failed(
+    worker: Worker, fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.beat()
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *sent: signals.append(sent))
+
+    for _ in range(2):  # in several batches at once
+        worker.runner._on_device_failed()
+
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+    assert worker.hand.closed
+    with pytest.raises(Ended) as ended:
+        worker.end_drain()
+    assert ended.value.args == (EXIT_FAILED,)
 
 
 def test_a_newer_version_is_loaded_beside_the_one_in_use_before_jobs_want_it(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipelines.engines.engine import DEVICE_FAILED
 from schemas.batches import BatchItem, ItemOutcome
 from schemas.errors import Transient
 from schemas.payloads import RESULT_INLINE_LIMIT_BYTES
@@ -106,6 +107,17 @@ def test_an_item_too_large_for_the_device_may_pass_another_time(run: Any, model:
     outcomes = run("1", "2")
 
     assert [(o.code, o.retry) for o in outcomes] == [("device_out_of_memory", True)] * 2
+
+
+def test_on_a_device_that_failed_every_item_may_pass_another_time(run: Any, model: Any) -> None:
+    def fail(_: list[str]) -> None:
+        raise Transient(DEVICE_FAILED, "Expected CUDA's cuStreamSynchronize to succeed.")
+
+    model.before_infer = fail
+
+    outcomes = run("1", "2", "3")
+
+    assert [(o.code, o.retry) for o in outcomes] == [(DEVICE_FAILED, True)] * 3
 
 
 def test_no_run_is_larger_than_the_largest_bucket(run: Any, model: Any) -> None:

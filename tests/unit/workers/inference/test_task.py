@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from infra.fleet import SlotToken
+from pipelines.engines.engine import DEVICE_FAILED, DeviceOutOfMemory
 from schemas.batches import RUN_BATCH, Batch, BatchItem, ItemOutcome
 from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
 from workers.inference.hand import Hand
+from workers.inference.stages import failed
 from workers.inference.task import REPORT_TRIES, BatchRunner
 
 MakeItems = Callable[..., list[BatchItem]]
@@ -25,11 +27,12 @@ class FakeStages:
     def __init__(self) -> None:
         self.ran: list[Batch] = []
         self.during: Callable[[Batch], None] = lambda batch: None
+        self.answers: list[ItemOutcome] | None = None
 
     def run(self, batch: Batch, model: Any) -> list[ItemOutcome]:
         self.ran.append(batch)
         self.during(batch)
-        return [ItemOutcome(b"{}") for _ in batch.items]
+        return self.answers or [ItemOutcome(b"{}") for _ in batch.items]
 
 
 class FakeResidency:
@@ -64,8 +67,20 @@ def sleeps() -> list[float]:
 
 
 @pytest.fixture
-def runner(fleet: Any, hand: Hand, residency: Any, stages: Any, sleeps: list[float]) -> BatchRunner:
-    runner = BatchRunner(fleet, hand, residency, stages, sleeps.append)
+def given_up() -> list[int]:
+    """How many reports were in when the device was given up."""
+    return []
+
+
+@pytest.fixture
+def runner(
+    fleet: Any, hand: Hand, residency: Any, stages: Any, sleeps: list[float], given_up: list[int]
+) -> BatchRunner:
+    def give_up() -> None:
+        given_up.append(len(fleet.reported))
+        hand.close()
+
+    runner = BatchRunner(fleet, hand, residency, stages, give_up, sleeps.append)
     runner.offer_slots()
     return runner
 
@@ -320,6 +335,45 @@ def test_a_model_that_is_being_loaded_is_not_on_the_watchdogs_clock(
     runner.run_batch(batch.id, slot)
 
     assert seen == [(0, False)]
+
+
+# ── the device ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("at", ["load", "run"])
+def test_after_a_device_that_failed_the_batch_is_reported_and_no_slot_offered_any_more(
+    runner: BatchRunner, fleet: Any, hand: Hand, residency: FakeResidency, stages: FakeStages,
+    batch: Batch, send: Any, take: Any, given_up: list[int], at: str,
+) -> None:  # fmt: skip
+    slot = send(batch, token=take())
+    failure = Transient(DEVICE_FAILED, "Expected CUDA's cuStreamSynchronize to succeed.")
+    if at == "load":
+        residency.failure = failure
+    else:
+        stages.answers = [failed(failure), ItemOutcome(b"{}")]
+    before = offers(fleet)
+
+    runner.run_batch(batch.id, slot)
+
+    (completion,) = fleet.read_inbox()
+    first = completion.items[0]
+    assert (first.code, first.retry) == (DEVICE_FAILED, True)
+    assert given_up == [1]
+    assert offers(fleet) == before
+    assert hand.held() == []
+
+
+def test_a_device_that_is_full_is_not_given_up(
+    runner: BatchRunner, fleet: Any, hand: Hand, residency: FakeResidency, batch: Batch, send: Any,
+    take: Any, given_up: list[int],
+) -> None:  # fmt: skip
+    slot = send(batch, token=take())
+    residency.failure = DeviceOutOfMemory("Expected room.")
+
+    runner.run_batch(batch.id, slot)
+
+    assert given_up == []
+    assert offers(fleet) == hand.capacity
 
 
 # ── drain ────────────────────────────────────────────────────────────────────────────────────────

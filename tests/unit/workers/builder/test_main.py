@@ -1,0 +1,154 @@
+"""The builder process over a real cache and catalogue in the test's own folder."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.settings import Settings, load_settings
+from pipelines import registry
+from pipelines.bundle import Bundle
+from pipelines.engines import open_cache
+from pipelines.load import load_model
+from schemas.errors import Transient
+from schemas.models import ModelCard
+from workers.builder.main import Process
+
+BUDGET_BYTES = 1 << 30
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(data_dir=tmp_path, engines={"cache_dir": tmp_path / "engines"})
+
+
+@pytest.fixture
+def process(settings: Settings) -> Process:
+    return Process(settings)
+
+
+@pytest.fixture
+def install(
+    process: Process, make_tensor_bundle: Callable[..., Path], tmp_path: Path
+) -> Callable[..., ModelCard]:
+    """`install("tiny")`: from another machine, so that this one has no engine of it."""
+
+    def add(name: str) -> ModelCard:
+        there = load_settings(data_dir=tmp_path, engines={"cache_dir": tmp_path / "there"})
+        cache = open_cache(there, process.objects)
+        bundle = make_tensor_bundle(name)
+        return registry.add(bundle, process.objects, cache, budget_bytes=BUDGET_BYTES).card
+
+    return add
+
+
+def load(settings: Settings, process: Process, card: ModelCard) -> None:
+    """As a worker does."""
+    bundle = Bundle.open(process.catalogue.folder(card))
+    cache = open_cache(settings, process.objects)
+    load_model(bundle, cache, budget_bytes=BUDGET_BYTES, may_build=False).close()
+
+
+def test_what_it_has_built_a_worker_loads(
+    process: Process, settings: Settings, install: Callable[..., ModelCard]
+) -> None:
+    card = install("tiny")
+    with pytest.raises(Transient) as refused:
+        load(settings, process, card)
+    assert refused.value.code == "engine_not_built"
+
+    process._step()
+
+    load(settings, process, card)
+    process._step()
+    assert process.idle
+
+
+@pytest.mark.parametrize("lost", [shutil.rmtree, lambda path: (path / "manifest.json").unlink()])
+def test_an_engine_that_is_gone_or_damaged_is_built_again(
+    process: Process, settings: Settings, install: Callable[..., ModelCard], lost: Any
+) -> None:
+    card = install("tiny")
+    process._step()
+    (entry,) = settings.engines.cache_dir.glob("objects/*/*")
+    lost(entry)
+
+    process._step()
+
+    load(settings, process, card)
+
+
+def test_to_look_whether_an_engine_is_there_is_no_use_of_it(
+    process: Process, settings: Settings, install: Callable[..., ModelCard]
+) -> None:
+    """Or the least recently used ones would be those that workers use."""
+    install("tiny")
+    process._step()
+    (entry,) = settings.engines.cache_dir.glob("objects/*/*")
+    before = entry.stat().st_mtime_ns
+
+    process._step()
+
+    assert process.idle
+    assert entry.stat().st_mtime_ns == before
+
+
+def test_with_nothing_to_build_nothing_heavy_is_imported(process: Process) -> None:
+    process._step()
+
+    assert process.idle
+    assert "engines" not in process.__dict__
+
+
+def test_sigterm_is_obeyed_between_builds(
+    process: Process, install: Callable[..., ModelCard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        install(name)
+    stop = threading.Event()
+    see_built = process.engines.see_built
+    built: list[str] = []
+
+    def build(card: ModelCard) -> list[str]:
+        assert process.health.ready
+        stop.set()
+        built.append(card.name)
+        return see_built(card)
+
+    monkeypatch.setattr(process.engines, "see_built", build)
+
+    assert process.run(stop) == 0
+
+    assert built == ["two"]
+    assert not process.health.ready
+
+
+def test_a_store_that_is_away_is_waited_for(
+    process: Process, install: Callable[..., ModelCard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("tiny")
+    stop = threading.Event()
+    seen: list[str | None] = []
+    cards = process.catalogue.cards
+
+    def away() -> list[ModelCard]:
+        monkeypatch.setattr(process.builder, "_cards", cards)
+        raise Transient("storage_unavailable", "The store is told to be away.")
+
+    def wait(_seconds: float) -> bool:
+        seen.append(process.trouble)
+        if len(seen) == 2:
+            stop.set()
+        return stop.is_set()
+
+    monkeypatch.setattr(process.builder, "_cards", away)
+    monkeypatch.setattr(stop, "wait", wait)
+
+    assert process.run(stop) == 0
+
+    assert seen == ["storage_unavailable", None]

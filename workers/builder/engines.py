@@ -1,0 +1,36 @@
+"""The engines of installed models, in this machine's cache."""
+
+from __future__ import annotations
+
+from infra.catalogue import Catalogue
+from infra.objects import ObjectStore
+from infra.settings import Settings
+from pipelines.build import engines_of, see_built
+from pipelines.bundle import Bundle
+from pipelines.engines import open_cache
+from pipelines.engines.manifest import Rejected, check
+from schemas.models import ModelCard
+
+
+class Engines:
+    """Raises PipelineError (settings_invalid) if the keys to sign with are not as they should be."""
+
+    def __init__(self, settings: Settings, objects: ObjectStore, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+        self._cache = open_cache(settings, objects)
+
+    def see_built(self, card: ModelCard) -> list[str]:
+        """See that they are here, and in the object store if they are shared. Returns their keys.
+
+        Raises InvalidModel, PipelineError, and Transient from cache and store.
+        """
+        bundle = Bundle.open(self._catalogue.folder(card), check_graphs=False)
+        return [see_built(engine, self._cache).trace.key for engine in engines_of(bundle)]
+
+    def holds(self, key: str) -> bool:
+        """Whether a worker on this machine would be served the engine. It does not count as a use."""
+        try:
+            check(self._cache.disk.entry(key), key, self._cache.keyring)
+        except Rejected:
+            return False
+        return True
