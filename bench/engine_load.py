@@ -101,14 +101,6 @@ class Round(NamedTuple):
     minimum: Sample
 
 
-class Prepared(NamedTuple):
-    """A model of the onnx package. build_s: what compiling it took."""
-
-    model: Path
-    cache: Path
-    build_s: float
-
-
 def measure(effort: Effort, _kind: str) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix="hr-load-") as folder:
         key = secrets.token_hex(32)
@@ -264,14 +256,6 @@ def shuffled(plan: list[Any], rounds: int) -> list[Any]:
 
 def keyring(key: str) -> Keyring:
     return Keyring({"bench": bytes.fromhex(key)})
-
-
-def prepare(name: str, folder: Path) -> Prepared:
-    """Compile a model of the onnx package into a cache in the folder."""
-    model, cache = write_light(name, folder / name), folder / name / "cache"
-    began = time.perf_counter()
-    load_engine(model, CONFIG, BUCKETS, cache=EngineCache(cache, CACHE_BYTES)).close()
-    return Prepared(model, cache, time.perf_counter() - began)
 
 
 def write_light(name: str, folder: Path) -> Path:

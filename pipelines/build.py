@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from pipelines.bundle import Bundle
 from pipelines.engines import EngineCache, build_engine
-from pipelines.engines.flight import Trace
+from pipelines.engines.order import Trace
 from pipelines.engines.reach import StoreUnavailable
 from schemas.models import EngineConfig
 

@@ -20,11 +20,9 @@ from pipelines.engines.engine import (
     TensorSpec,
     unheard,
 )
-from pipelines.engines.flight import Build
-from pipelines.engines.machine_cache import MachineCache
+from pipelines.engines.order import Build
 from pipelines.engines.precision import Lowering
 from pipelines.engines.signing import Keyring
-from pipelines.engines.store import EngineStore
 from schemas.errors import Transient
 from schemas.models import EngineConfig
 
@@ -61,6 +59,9 @@ class _ConfiguredCache(EngineCache):
 def open_cache(settings: Settings, objects: ObjectStore) -> EngineCache:
     """The cache of this machine; with keys to sign with, engines are shared through the object store
     too. Opens no connection. Raises PipelineError (settings_invalid)."""
+    from pipelines.engines.machine_cache import MachineCache
+    from pipelines.engines.store import EngineStore
+
     options = settings.engines
     keyring = Keyring(options.secrets())
     cache = _ConfiguredCache(

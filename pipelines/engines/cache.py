@@ -11,19 +11,21 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from infra.logs import get_logger
 from pipelines.engines.disk import Disk, DiskEntry, errors_of_disk
 from pipelines.engines.failures import Failure
-from pipelines.engines.flight import Build, Flight, Order, Policy, Trace
 from pipelines.engines.locks import Lease
 from pipelines.engines.manifest import ARTEFACT, Rejected, key_of
+from pipelines.engines.order import Build, Order, Policy, Trace
 from pipelines.engines.signing import Keyring
-from pipelines.engines.store import EngineStore
 from schemas.errors import Transient
+
+if TYPE_CHECKING:
+    from pipelines.engines.store import EngineStore
 
 _log = get_logger("engines")
 
@@ -95,6 +97,8 @@ class EngineCache:
                 may_build=may_build,
                 on_wait=on_wait,
             )
+            from pipelines.engines.flight import Flight
+
             flight = Flight(order, self.disk, self.store, self.keyring, self._policy)
             lease = flight.run()
         _log.info("engine_obtained", label=label, **msgspec.to_builtins(flight.trace))

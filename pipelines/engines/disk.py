@@ -74,7 +74,17 @@ class Disk:
         """This machine's right to change the entry. Raises Transient if it is not to be had in time."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._building.mkdir(exist_ok=True)
-        return exclusive(self._building / f"{key}.lock", wait_s, on_wait)
+        return exclusive(self._lock_file(key), wait_s, on_wait)
+
+    def say_building(self, key: str) -> None:
+        """Under its lock: that the entry is being built, which takes long."""
+        self._lock_file(key).write_bytes(b"building")
+
+    def is_building(self, key: str) -> bool:
+        """Whether who has the lock builds. Only for those who did not get it."""
+        with suppress(OSError):
+            return self._lock_file(key).stat().st_size > 0
+        return False
 
     @contextmanager
     def workspace(self, key: str) -> Iterator[Path]:
@@ -190,6 +200,9 @@ class Disk:
                 lease.release()
                 return False
         return True
+
+    def _lock_file(self, key: str) -> Path:
+        return self._building / f"{key}.lock"
 
     def _failed(self, key: str) -> Path:
         return self._building / f"{key}.failed"

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import Literal
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from infra.logs import get_logger
@@ -21,57 +18,20 @@ from pipelines.engines.disk import Disk
 from pipelines.engines.failures import Failure
 from pipelines.engines.locks import Lease
 from pipelines.engines.manifest import ARTEFACT, BuildNote, Rejected, finish, seal
+from pipelines.engines.order import Order, Policy, Trace
 from pipelines.engines.reach import StoreUnavailable
 from pipelines.engines.signing import Keyring
 from pipelines.engines.store import EngineStore
 from schemas.errors import InvalidModel, Transient
-
-Build = Callable[[Path], None]
 
 _POLL_SHARE, _POLL_MIN_S, _POLL_MAX_S = 0.05, 0.05, 2.0
 """Who waits for another machine asks again after this share of the time it has waited already: so it
 waits little longer than it must, and asks seldom."""
 
 FETCH_WAIT_S = 30.0
-"""How long one who may not build waits for somebody on this machine who fetches or builds."""
+"""How long one who may not build waits for somebody on this machine who fetches. For a build, not at all."""
 
 _log = get_logger("engines")
-
-
-class Order(Struct, frozen=True, kw_only=True):
-    """What is wanted. key_parts: what the key is the hash of. build: fills the empty folder it is given.
-    label: which model it is for, for people. force: try again what failed a moment ago. may_build: if
-    not, it is an error that nobody has built it yet. on_wait: called when somebody else is at it."""
-
-    key: str
-    key_parts: dict[str, object]
-    build: Build
-    label: str
-    force: bool
-    may_build: bool
-    on_wait: Callable[[], None] | None
-
-
-class Policy(Struct, frozen=True):
-    """wait_s: for somebody else's work on the same key. failure_memory_s: how long a failed build is not
-    tried again. clock: seconds since the epoch."""
-
-    wait_s: float
-    failure_memory_s: float
-    clock: Callable[[], float]
-
-
-class Trace(Struct, frozen=True, kw_only=True):
-    """Where an artefact came from, and the seconds spent on waiting for others, on fetching, building
-    and publishing. store_fault: why the object store could not be used when it was needed."""
-
-    key: str
-    origin: Literal["local", "store", "built"] = "local"
-    wait_s: float = 0.0
-    fetch_s: float = 0.0
-    build_s: float = 0.0
-    publish_s: float = 0.0
-    store_fault: str | None = None
 
 
 class Flight:
@@ -97,7 +57,7 @@ class Flight:
         (engine_build_busy, engine_not_built) and OSError.
         """
         with ExitStack() as turn:  # outlasts the lock, so that nobody here waits for the upload
-            with self._disk.lock(self._order.key, self._wait_s, self._order.on_wait):
+            with self._disk.lock(self._order.key, self._wait_s, self._on_wait):
                 self._note(wait_s=round(time.monotonic() - self._began, 6))
                 lease = self._disk.find(self._order.key) or self._obtain(turn)
             if self.trace.origin == "built":
@@ -133,8 +93,8 @@ class Flight:
     def _polls(self) -> Iterator[None]:
         """One at once, then one whenever it is time to ask again, until the patience is over."""
         yield
-        if self._order.on_wait:
-            self._order.on_wait()
+        self._disk.say_building(self._order.key)  # another machine does
+        self._on_wait()
         began = time.monotonic()
         while (now := time.monotonic()) < self._began + self._wait_s:
             with self._timed("wait_s"):
@@ -158,8 +118,16 @@ class Flight:
         self._note(origin="store")
         return lease
 
+    def _on_wait(self) -> None:
+        """Somebody else is at it. Who may not build waits for a download, and not for a build."""
+        if not self._order.may_build and self._disk.is_building(self._order.key):
+            self._refuse()
+        if self._order.on_wait:
+            self._order.on_wait()
+
     def _build(self) -> Lease:
         self._refuse()
+        self._disk.say_building(self._order.key)
         order, clock = self._order, self._policy.clock
         from pipelines.engines.build_log import recorded  # not at the top: see cache.py
 

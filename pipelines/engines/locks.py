@@ -37,6 +37,7 @@ def exclusive(
             )
         time.sleep(_POLL_S)
         fd = _try_lock(path)
+    os.ftruncate(fd, 0)  # what a killed holder wrote there
     try:
         yield
     finally:

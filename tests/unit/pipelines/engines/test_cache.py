@@ -673,3 +673,28 @@ def test_a_lease_of_another_process_ends_with_it(
     holder.communicate(timeout=30)
     small_cache.get_or_build(parts("d"), Builder()).release()
     assert kept(small_cache, "a") == []
+
+
+def test_who_may_not_build_does_not_wait_for_a_build(cache: EngineCache) -> None:
+    """A worker's slot is for batches."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def build(into: Path) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        (into / "engine.bin").write_bytes(CONTENT)
+
+    def obtain() -> None:
+        cache.get_or_build(PARTS, build).release()
+
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(obtain)
+        assert begun.wait(30)
+        try:
+            with pytest.raises(Transient) as refused:
+                cache.get_or_build(PARTS, build, may_build=False)
+        finally:
+            go_on.set()
+        building.result()
+    assert refused.value.code == "engine_not_built"
+    cache.get_or_build(PARTS, build, may_build=False).release()

@@ -96,7 +96,7 @@ def test_a_hit_imports_nothing_that_makes_a_cold_start_longer(
     )
     imported = set(json.loads(done.stdout))
     assert "pipelines.engines.cache" in imported
-    assert imported & {*SLOW_TO_IMPORT, "onnx"} == set()
+    assert imported & {*SLOW_TO_IMPORT, "onnx", "pipelines.engines.flight"} == set()
 
 
 def test_all_that_an_engine_depends_on_makes_another_one(
