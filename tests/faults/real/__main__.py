@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from headrace.cli.jobs import progress_bar
 from tests.faults.real import (
     FAULTS,
     Fault,
@@ -42,7 +42,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     findings: list[Finding] = []
     try:
-        with running_servers() as servers, _progress() as progress:
+        with running_servers() as servers, progress_bar() as progress:
             task = progress.add_task("", total=len(chosen))
             for one in chosen:
                 progress.update(task, description=f"{one.number:g} {one.name}")
@@ -78,17 +78,6 @@ def _line(finding: Finding) -> str:
         reasons = escape("; ".join(finding.breaches))
         return f"[red]{finding.number:g} {finding.name}[/] ({finding.took_s:g} s): {reasons}"
     return f"[green]{finding.number:g} {finding.name}[/] ({finding.took_s:g} s)"
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def _chosen(only: str) -> list[Fault]:
