@@ -14,6 +14,9 @@ from schemas.results import Outcome, decode_outcome
 
 _MARKS = "headrace:view:marks"
 
+LEFT = -1
+"""In a writer's place: the mark of the one that signed off last."""
+
 _SET_ALL = """
 for i, key in ipairs(KEYS) do redis.call('SET', key, ARGV[i + 1], 'EX', ARGV[1]) end
 """
@@ -33,6 +36,15 @@ _MOVE_MARK = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 return 1
+"""
+
+
+# The mark must not hold back those who stay, and where nobody does, the view must not seem to have lost its memory.
+_SIGN_OFF = """
+local mark = redis.call('HGET', KEYS[1], ARGV[1])
+if not mark then return end
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('HSET', KEYS[1], ARGV[2], mark)
 """
 
 
@@ -87,11 +99,13 @@ class JobView:
         self._seen[self.writer] = repr(since)
 
     def marks(self) -> dict[int, float]:
-        """By writer. Empty if the view lost its memory."""
+        """By writer; LEFT alone where all have signed off. Empty if the view lost its memory."""
         with redis_errors():
             marks = as_any(self._redis.hgetall(_MARKS))
         self._seen = {int(writer): mark.decode() for writer, mark in marks.items()}
-        return {writer: float(mark) for writer, mark in self._seen.items()}
+        standing = {writer: float(mark) for writer, mark in self._seen.items()}
+        left = standing.pop(LEFT, None)
+        return {LEFT: left} if left is not None and not standing else standing
 
     def move_marks(self, writers: Iterable[int], complete_to: float) -> bool:
         """Every outcome up to a time is shown, whoever wrote it; a mark that its own writer has moved since it
@@ -110,7 +124,7 @@ class JobView:
     def sign_off(self) -> None:
         """This writer writes no more, and everything it wrote is shown."""
         with redis_errors():
-            self._redis.hdel(_MARKS, str(self.writer))
+            self._redis.eval(_SIGN_OFF, 1, _MARKS, self.writer, LEFT)
 
     def get(self, job_ids: Sequence[str]) -> list[Outcome | None]:
         """The jobs as the view knows them; None where it knows nothing."""

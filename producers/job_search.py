@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 
 from infra.eventlog import EventLog, Record
 from schemas.errors import InvalidJob
@@ -47,7 +48,8 @@ def find_retry(log: EventLog, job_id: str) -> Job | None:
     found = None
     for record in log.read([RETRY], _since(job_id)):
         if record.key == job_id:
-            found = read_job(RETRY, record.headers, record.value, record.time)
+            with suppress(InvalidJob):
+                found = read_job(RETRY, record.headers, record.value, record.time)
     return found
 
 

@@ -20,7 +20,7 @@ import redis
 
 from infra.fleet import Fleet, SlotToken, WorkerBeat
 from infra.job_view import _MARKS as MARKS
-from infra.job_view import JobView
+from infra.job_view import LEFT, JobView
 from schemas.batches import Batch
 from tests.servers.redis import RedisServer, TlsFiles, redis_server, tls_before
 
@@ -201,6 +201,24 @@ def test_a_view_that_lost_the_latest_it_was_told_is_not_taken_for_complete() -> 
         assert mine.move_marks([0, 1], 6.0)
         assert mine.marks() == {0: 6.0, 1: 5.0}
         assert mine.ended([], 60, 7.0)
+
+
+def test_who_signs_off_last_leaves_its_mark_and_whoever_stays_is_not_held_back_by_it() -> None:
+    with redis_server() as server, redis.Redis.from_url(server.url) as connection:
+        mine, other = JobView(connection, 0), JobView(connection, 1)
+        for view in (mine, other):
+            view.rebuild_from(1.0)
+        assert mine.ended([], 60, 2.0)
+        mine.sign_off()
+        assert other.ended([], 60, 3.0)
+        assert other.marks() == {1: 3.0}
+
+        other.sign_off()
+        assert JobView(connection, 0).marks() == {LEFT: 3.0}
+
+        connection.delete(MARKS)
+        mine.sign_off()
+        assert mine.marks() == {}
 
 
 def test_a_slot_is_exchanged_for_one_of_a_wanted_worker_or_kept() -> None:

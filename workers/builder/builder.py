@@ -31,7 +31,7 @@ class _Seen:
 class Builder:
     """cards: what is installed; may raise Transient. holds: whether the cache still has an engine, whole.
     again_s: how long to leave a version alone that failed, or was built a second time: in a cache too small
-    for all engines, each would put another out without end."""
+    for all engines, each would put another out without end. TROUBLE_S at least."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Builder:
         self._cards = cards
         self._see_built = see_built
         self._holds = holds
-        self._again_s = again_s
+        self._again_s = max(again_s, TROUBLE_S)
         self._monotonic = monotonic
         self._seen: dict[tuple[str, int, str], _Seen] = {}
 

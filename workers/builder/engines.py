@@ -9,6 +9,7 @@ from pipelines.build import engines_of, see_built
 from pipelines.bundle import Bundle
 from pipelines.engines import open_cache
 from pipelines.engines.manifest import Rejected, check
+from pipelines.engines.reach import StoreUnavailable
 from schemas.models import ModelCard
 
 
@@ -25,7 +26,14 @@ class Engines:
         Raises InvalidModel, PipelineError, and Transient from cache and store.
         """
         bundle = Bundle.open(self._catalogue.folder(card), check_graphs=False)
-        return [see_built(engine, self._cache).trace.key for engine in engines_of(bundle)]
+        cached = [see_built(engine, self._cache) for engine in engines_of(bundle)]
+        for fault in filter(None, (one.store_fault for one in cached)):
+            raise StoreUnavailable(
+                "engine_store_unavailable",
+                f"Expected to share the engines of {card.name}/{card.version} through the object store,"
+                f" they are on this machine alone: {fault}",
+            )
+        return [one.trace.key for one in cached]
 
     def holds(self, key: str) -> bool:
         """Whether a worker on this machine would be served the engine. It does not count as a use."""

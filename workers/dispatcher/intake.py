@@ -70,8 +70,8 @@ class Intake:
         """
         self._hear_control(now)
         self._hold_back_bulk()
-        room = self._window_bytes - self._memory.held_bytes
-        if room > 0 and not self._records:
+        if not self.full and not self._records:
+            room = self._window_bytes - self._memory.held_bytes
             records: list[Record] = []
             try:
                 records = self._consumer.receive(RECEIVE_MOST, room, wait_s)
@@ -124,6 +124,11 @@ class Intake:
         """End what waited past its deadline."""
         for job in self._batcher.past_deadline(now):
             self._outcomes.end(job.job, job.at, "expired", now)
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another record, whatever waits on the log."""
+        return self._memory.held_bytes >= self._window_bytes
 
     @property
     def delayed(self) -> int:

@@ -130,8 +130,8 @@ class Dispatcher:
 
     @property
     def _expecting(self) -> bool:
-        """The bell rang, and what it announced has not come."""
-        return self.monotonic() < self._expected_until
+        """The bell rang, and what it announced has not come, although there is room for it."""
+        return self.monotonic() < self._expected_until and not self.intake.full
 
     def _patience_s(self, now: float, ready: bool) -> float:
         if self._expecting:

@@ -51,7 +51,7 @@ class RetryPolicy:
 
     def wait_s(self, waited_s: float) -> float:
         """Until a job that waits for something is tried again. Never at once: it does not count as an attempt."""
-        most_s = min(self._cap_s, max(WAIT_MIN_S, WAIT_SHARE * waited_s))
+        most_s = max(WAIT_MIN_S, min(self._cap_s, WAIT_SHARE * waited_s))
         return self._rng.uniform(most_s / 2, most_s)
 
 

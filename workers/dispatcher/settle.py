@@ -28,6 +28,9 @@ BLAMELESS = frozenset(
 )
 """No fault of the job, and nothing that attempts would mend: it waits until its deadline, and is not charged."""
 
+DEVICE_FAILED = "device_failed"
+"""As with a worker that died, it may be one job's doing, so that each of the batch goes alone from then on."""
+
 logger = get_logger("dispatcher")
 
 
@@ -111,7 +114,8 @@ class Settlement:
             self._outcomes.answer(job.job, job.at, item, worker, now)
         else:
             error = PipelineError(item.code, item.message or item.code)
-            self._failed(job, error, now, passing=item.retry, suspect=False, invalid=item.invalid)
+            suspect = item.code == DEVICE_FAILED
+            self._failed(job, error, now, passing=item.retry, suspect=suspect, invalid=item.invalid)
 
     def _record_failure(self, key: CircuitKey, now: float) -> None:
         if self._breaker.record(key, False, now):

@@ -93,6 +93,7 @@ class Worker:
         self._stopped = threading.Event()
         self._beating = threading.Thread(target=self.beat_forever, name="beat", daemon=True)
         self._unloadable: set[str] = set()
+        self._not_loaded: set[str] = set()
         start.ended("connect")
 
     def run(self) -> int:
@@ -165,6 +166,8 @@ class Worker:
                     raise
                 logger.error("model_not_loaded", model=name, code=error.code, error=error.message)
                 self.start.ended(f"{name} not loaded")
+                if isinstance(error, Transient):
+                    self._not_loaded.add(name)
             if not set(held) <= set(self.residency.names()):
                 break  # it had to make room: the budget is used up
 
@@ -173,21 +176,24 @@ class Worker:
             self.keep_current()
 
     def keep_current(self) -> None:
-        """Load newer versions of what is loaded beside it, so that jobs for them find them warm. One that does
-        not load is left to the jobs that want it."""
+        """Load newer versions of what is loaded beside it, and what was not to be had at the start, so that jobs
+        for them find them warm. One that does not load is left to the jobs that want it."""
         held = self.residency.names()
-        for name in sorted({model.partition("/")[0] for model in held}):
-            with suppress(InvalidJob, Transient):  # removed, or not to be looked up now
+        for name in sorted({model.partition("/")[0] for model in held} | self._not_loaded):
+            with suppress(InvalidJob, Transient):  # removed, or not to be had now
                 card = self.catalogue.resolve(name, None)
                 if f"{name}/{card.version}" not in {*held, *self._unloadable}:
                     self._load_beside(card)
+                self._not_loaded.discard(name)
 
     def _load_beside(self, card: ModelCard) -> None:
         model = f"{card.name}/{card.version}"
         try:
             with self.residency.use(card.name, card.version):
                 logger.info("version_ready", model=model)
-        except Transient:
+        except Transient as error:
+            if error.code == DEVICE_FAILED:
+                self.on_device_failed()
             raise
         except PipelineError as error:
             self._unloadable.add(model)
@@ -296,7 +302,8 @@ class Worker:
         self._stopped.set()
         if self._beating.is_alive():
             self._beating.join(JOIN_S)  # or its last beat would sign on again
-        self.residency.close()
+        if not self.exit_code:  # a device that failed may not even answer
+            self.residency.close()
         try:
             self.fleet.sign_off(self.hand.worker)
         except Transient as error:

@@ -80,16 +80,19 @@ class BatchRunner:
             return
         held = self._hand.hold(batch, token.seat)
         self._hand.used(token)
-        if self._hand.closed:
-            self.give_back(batch)
-            return
         with self._gate.passage(alone=batch.alone):
+            if self._hand.closed:
+                self.give_back(batch)
+                return
             items = self._run(held)
+            device_failed = any(item.code == DEVICE_FAILED for item in items or ())
+            if device_failed:
+                self._hand.close()  # before the next one passes
         if items is not None:
             self.jobs_done += len(items)
             self._report(batch, Completion(batch.id, self._hand.worker, items))
-            if any(item.code == DEVICE_FAILED for item in items):
-                self._on_device_failed()
+        if device_failed:
+            self._on_device_failed()
 
     def _run(self, held: Held) -> list[ItemOutcome] | None:
         """One outcome per item; None if the lease was lost before anything was run."""

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from infra.eventlog import NewRecord
-from producers.job_search import find_ended, find_job, recent_jobs
-from schemas.jobs import Job, job_headers, job_value, new_job_id
+from producers.job_search import find_ended, find_job, find_retry, recent_jobs
+from schemas.jobs import Job, job_headers, job_value, new_job_id, retry_headers
 from schemas.results import Outcome, encode_outcome
-from schemas.topics import RESULTS
+from schemas.topics import RESULTS, RETRY
 
 Succeeded = Callable[..., Outcome]
 
@@ -71,6 +71,17 @@ def test_a_job_that_ended_is_found_with_its_outcome(
 
     assert found is not None
     assert (found.status, found.json()) == ("succeeded", {"type": "echo"})
+
+
+def test_a_record_that_is_no_job_hides_no_retry(log: Any, make_job: Callable[..., Job]) -> None:
+    job = make_job(id=new_job_id("default"), attempt=1)
+    log.append([NewRecord(RETRY, job.id, retry_headers(job), job_value(job))])
+    log.append([NewRecord(RETRY, job.id, {"ce_type": "garbage"}, b"")])
+
+    found = find_retry(log, job.id)
+
+    assert found is not None
+    assert found.attempt == 1
 
 
 @pytest.mark.parametrize("job_id", ["nobody", new_job_id("default"), new_job_id("default", "k")])

@@ -13,7 +13,7 @@ import pytest
 
 from infra.eventlog import Moved, NewRecord, Position, Record
 from infra.fleet import Phase, Seat, Signals, SlotToken, WorkerBeat
-from infra.job_view import Ended
+from infra.job_view import LEFT, Ended
 from schemas.batches import (
     Assignment,
     Batch,
@@ -85,11 +85,13 @@ class FakeConsumer:
         self.taken: list[Position] = []
         self._fresh = True
         self.asked_bytes: list[int] = []
+        self.waited_s: list[float] = []
         self.paused: set[str] = set()
 
     def receive(self, max_records: int, max_bytes: int, timeout_s: float = 0) -> list[Record]:
         self._log.faults.begin("log.receive")
         self.asked_bytes.append(max_bytes)
+        self.waited_s.append(timeout_s)
         received: list[Record] = []
         for topic in self._topics:
             for record in self._log.records[topic][self._next[topic] :]:
@@ -234,6 +236,7 @@ class FakeFleet:
         self._faults = faults
         self.flush()
         self.waits: list[tuple[list[Seat], float]] = []
+        self.rung = False
 
     def flush(self) -> None:
         """Lose everything, as FLUSHALL does."""
@@ -258,6 +261,9 @@ class FakeFleet:
         with self._call("wait"):
             if self.inbox:
                 return Signals(self.read_inbox(), None)
+            if self.rung:
+                self.rung = False
+                return Signals([], None, rung=True)
             for seat in seats:
                 if self.slots[seat]:
                     token = self.slots[seat].popleft()
@@ -462,7 +468,8 @@ class FakeView:
 
     def marks(self) -> dict[int, float]:
         with _Call(self._faults, "view.marks"):
-            return dict(self.mark_of)
+            standing = {writer: mark for writer, mark in self.mark_of.items() if writer != LEFT}
+            return standing or dict(self.mark_of)
 
     def move_marks(self, writers: Iterable[int], complete_to: float) -> bool:
         with _Call(self._faults, "view.move_marks"):
@@ -471,7 +478,8 @@ class FakeView:
             return len(stand) == len(list(writers))
 
     def sign_off(self) -> None:
-        self.mark_of.pop(self.writer, None)
+        if (mark := self.mark_of.pop(self.writer, None)) is not None:
+            self.mark_of[LEFT] = mark
 
     def statuses(self) -> dict[str, str]:
         return {id_: decode_outcome(value).status for id_, value in self.values.items()}

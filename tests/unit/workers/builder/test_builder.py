@@ -159,6 +159,17 @@ def test_a_cache_too_small_for_all_is_not_turned_over_without_end(
         clock.advance(AGAIN_S)
 
 
+def test_failures_that_are_not_remembered_are_not_tried_without_end(
+    cache: FakeCache, installed: list[ModelCard], clock: Any
+) -> None:
+    builder = Builder(lambda: installed, cache.see_built, cache.holds, 0.0, clock.monotonic)
+    cache.errors["b/1"] = InvalidModel("unsupported_operator", "No such operator.")
+
+    until_idle(builder)
+
+    assert cache.tried == ["b/1", "c/1", "a/1"]
+
+
 def test_content_that_replaced_a_version_is_another_version(
     builder: Builder, cache: FakeCache, installed: list[ModelCard]
 ) -> None:

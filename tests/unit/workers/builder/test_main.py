@@ -14,9 +14,11 @@ from infra.settings import Settings, load_settings
 from pipelines import registry
 from pipelines.bundle import Bundle
 from pipelines.engines import open_cache
+from pipelines.engines.reach import StoreUnavailable
 from pipelines.load import load_model
 from schemas.errors import Transient
 from schemas.models import ModelCard
+from workers.builder.builder import TROUBLE_S
 from workers.builder.main import Process
 
 BUDGET_BYTES = 1 << 30
@@ -126,6 +128,32 @@ def test_sigterm_is_obeyed_between_builds(
 
     assert built == ["two"]
     assert not process.health.ready
+
+
+def test_what_could_not_be_shared_when_it_was_built_is_shared_later(
+    install: Callable[..., ModelCard], tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the workers of other machines would wait for it until somebody starts the builder anew."""
+    keys = {"cache_dir": tmp_path / "engines", "keys": {"one": "k" * 32}}
+    process = Process(load_settings(data_dir=tmp_path, engines=keys))
+    monkeypatch.setattr(process.builder, "_monotonic", clock.monotonic)
+    store = process.engines._cache.store
+    assert store is not None
+    publish = store.publish
+
+    def away(*_: Any, **__: Any) -> bool:
+        raise StoreUnavailable("engine_store_unavailable", "The store is told to be away.")
+
+    install("tiny")
+    monkeypatch.setattr(store, "publish", away)
+    process._step()
+    assert store.entries() == []
+
+    monkeypatch.setattr(store, "publish", publish)
+    clock.advance(TROUBLE_S)
+    process._step()
+
+    assert len(store.entries()) == 1
 
 
 def test_a_store_that_is_away_is_waited_for(

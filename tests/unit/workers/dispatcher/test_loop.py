@@ -16,7 +16,7 @@ from schemas.errors import Transient
 from schemas.jobs import Job
 from schemas.payloads import Payload
 from schemas.topics import LANES, RESULTS
-from workers.dispatcher.loop import IDLE_S
+from workers.dispatcher.loop import IDLE_S, LOOK_S, RUNG_S
 
 MakeJob = Callable[..., Job]
 
@@ -208,6 +208,41 @@ def test_with_nothing_to_do_it_asks_for_no_slot_and_sleeps(world: Any, make_job:
 
     assert all(seats == [] and timeout_s == IDLE_S for seats, timeout_s in world.fleet.waits)
     assert len(offered(world)) == 1
+
+
+def test_what_the_bell_announced_is_waited_for_on_the_log_for_a_while(world: Any) -> None:
+    world.fleet.rung = True
+    world.step(2)
+    world.clock.advance(RUNG_S)
+    world.step()
+
+    assert [timeout_s for _, timeout_s in world.fleet.waits] == [IDLE_S, 0, IDLE_S]
+    assert world.consumer.waited_s == [LOOK_S, LOOK_S, 0]
+
+
+def test_once_it_has_come_it_is_not_waited_for_any_more(world: Any, make_job: MakeJob) -> None:
+    world.fleet.rung = True
+    world.offer()
+    world.submit(make_job(id="a"))
+
+    world.step(2)
+
+    assert world.consumer.waited_s == [LOOK_S, 0]
+
+
+def test_with_no_room_for_what_the_bell_announced_it_does_not_spin(
+    make_world: Any, make_job: MakeJob
+) -> None:
+    world = make_world(window_bytes=1000)
+    world.submit(make_job(id="a", payload=Payload("text/plain", b"x" * 1000)))
+    world.step()
+    world.fleet.waits.clear()
+
+    for _ in range(3):
+        world.fleet.rung = True
+        world.step()
+
+    assert all(timeout_s == IDLE_S for _, timeout_s in world.fleet.waits)
 
 
 def test_it_wakes_when_a_delayed_job_may_go_on(world: Any, make_job: MakeJob) -> None:

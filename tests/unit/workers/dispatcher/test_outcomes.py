@@ -262,6 +262,10 @@ def test_a_job_that_waits_is_tried_again_after_a_tenth_of_its_wait_but_never_at_
     assert most_s / 2 <= RetryPolicy(0.5, 60, random.Random(seed)).wait_s(waited_s) <= most_s
 
 
+def test_a_low_cap_for_retries_makes_no_job_wait_in_a_hot_loop() -> None:
+    assert RetryPolicy(0.001, 0.001).wait_s(0) >= WAIT_MIN_S / 2
+
+
 @pytest.mark.parametrize(("failures", "most_s"), [(0, 0.5), (1, 1), (2, 2), (20, 60)])
 def test_the_jitter_is_full(failures: int, most_s: float) -> None:
     policy = RetryPolicy(0.5, 60, random.Random(1))

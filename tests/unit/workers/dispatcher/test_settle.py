@@ -158,6 +158,18 @@ def test_a_job_that_waited_is_run_when_it_can_be_and_waits_for_nothing_after_a_f
     assert (outcome.status, outcome.attempts) == ("succeeded", 2)
 
 
+def test_jobs_whose_run_took_the_device_down_go_alone_from_then_on(
+    world: Any, run: Any, make_job: MakeJob
+) -> None:
+    """It may be one job's doing, and would take its neighbours with it each time."""
+    run(make_job(id="a"), make_job(id="b"))
+    failed = ItemOutcome(code="device_failed", message="CUDA_ERROR_ILLEGAL_ADDRESS", retry=True)
+
+    settle(world, failed, failed)
+
+    assert [(job.attempt, job.suspect) for job in retried(world)] == [(1, True), (1, True)]
+
+
 def test_a_job_waits_until_its_deadline_and_no_longer(
     world: Any, run: Any, make_job: MakeJob, noon: float
 ) -> None:

@@ -55,6 +55,26 @@ def test_a_new_writer_reads_what_an_earlier_life_wrote_and_did_not_show(
     assert view.statuses() == {"a": "succeeded"}
 
 
+def test_after_a_sign_off_only_what_came_since_is_read_again(
+    writer: ViewWriter, view: Any, log: Any, clock: Any, end: Any
+) -> None:
+    rebuild(writer, clock.wall())
+    old = end("old")
+    writer.show([old], clock.wall())
+    clock.advance(600)
+    writer.show([], clock.wall())
+    writer.sign_off()
+    view.values.clear()
+    clock.advance(10)
+    end("new")
+
+    successor = ViewWriter(view, log, ViewTtl(TTL_S, 1_000_000))
+    rebuild(successor, clock.wall())
+
+    assert view.statuses() == {"new": "succeeded"}
+    assert successor.losses == 0
+
+
 def test_only_what_the_view_may_not_have_is_read_again(
     writer: ViewWriter, view: Any, clock: Any, end: Any
 ) -> None:

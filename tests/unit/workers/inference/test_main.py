@@ -294,6 +294,76 @@ def test_a_worker_whose_device_failed_asks_for_no_more_and_ends_as_failed(
     assert ended.value.args == (EXIT_FAILED,)
 
 
+def test_a_device_that_fails_under_a_newer_version_ends_the_worker_too(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next batch would be charged for it."""
+
+    def load(name: str, version: int) -> Any:
+        if version == 2:
+            raise Transient(DEVICE_FAILED, "Expected CUDA's cuMemAlloc to succeed.")
+        return SimpleNamespace(memory_bytes=1, premium=False, close=lambda: None)
+
+    catalogue: Any = SimpleNamespace(resolve=lambda name, _: SimpleNamespace(name=name, version=2))
+    monkeypatch.setattr(worker, "catalogue", catalogue)
+    monkeypatch.setattr(worker.residency, "_load", load)
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    with worker.residency.use("echo", 1):
+        pass
+
+    worker.keep_current()
+
+    assert worker.hand.closed
+    assert worker.exit_code == EXIT_FAILED
+
+
+def test_after_a_device_that_failed_nothing_is_asked_of_it_any_more(
+    worker: Worker, fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not even answer, and the process ends anyway."""
+    closed: list[str] = []
+    engine = SimpleNamespace(
+        memory_bytes=1, premium=False, close=lambda: closed.append("the engine")
+    )
+    monkeypatch.setattr(worker.residency, "_load", lambda *_: engine)
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    with worker.residency.use("echo", 1):
+        pass
+    worker.beat()
+    worker.on_device_failed()
+
+    worker.close()
+
+    assert closed == []
+    assert fleet.alive == set()
+
+
+def test_what_could_not_be_loaded_at_the_start_is_loaded_as_soon_as_it_can_be(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine may just be being built."""
+    built: set[str] = set()
+
+    def load(name: str, version: int) -> Any:
+        if name not in built:
+            raise Transient("engine_not_built", "Nobody has built it yet.")
+        return SimpleNamespace(memory_bytes=1, premium=False, close=lambda: None)
+
+    card = SimpleNamespace(name="echo", version=1)
+    catalogue: Any = SimpleNamespace(cards=lambda: [card], resolve=lambda *_: card)
+    monkeypatch.setattr(worker, "catalogue", catalogue)
+    monkeypatch.setattr(worker.residency, "_load", load)
+    worker.warm_up()
+
+    worker.keep_current()
+    assert worker.residency.names() == []
+    built.add("echo")
+    worker.keep_current()
+
+    assert worker.residency.names() == ["echo/1"]
+    assert worker._not_loaded == set()  # or what had to make room would come back at once
+
+
 def test_a_newer_version_is_loaded_beside_the_one_in_use_before_jobs_want_it(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

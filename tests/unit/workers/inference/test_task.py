@@ -363,6 +363,42 @@ def test_after_a_device_that_failed_the_batch_is_reported_and_no_slot_offered_an
     assert hand.held() == []
 
 
+def test_a_batch_that_waits_for_a_suspect_one_does_not_run_on_the_device_that_this_has_lost(
+    runner: BatchRunner, fleet: Any, stages: FakeStages, hand: Hand, make_batch: Any,
+    make_items: MakeItems, send: Any, take: Any, crew: Any, soon: Soon,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    suspect, other = make_batch(make_items("1"), alone=True), make_batch(make_items("2", "3"))
+    slots = {b.id: send(b, token=take()) for b in (suspect, other)}
+    running, waits, go_on = threading.Event(), threading.Event(), threading.Event()
+    offer_slots = runner.offer_slots
+
+    def during(batch: Batch) -> None:
+        running.set()
+        soon(go_on)
+
+    def used(token: SlotToken) -> None:
+        if running.is_set():
+            waits.set()
+
+    stages.during = during
+    stages.answers = [failed(Transient(DEVICE_FAILED, "CUDA_ERROR_ILLEGAL_ADDRESS"))]
+    monkeypatch.setattr(runner, "offer_slots", lambda: None)
+    crew.run(runner.run_batch, suspect.id, slots[suspect.id])
+    soon(running)
+    monkeypatch.setattr(hand, "used", used)
+    crew.run(runner.run_batch, other.id, slots[other.id])
+    soon(waits)
+    assert len(hand.held()) == 2
+    go_on.set()
+    crew.join()
+
+    assert stages.ran == [suspect]
+    assert sorted(reports(fleet)) == sorted([(suspect.id, 1), (other.id, 0)])
+    offer_slots()
+    assert offers(fleet) == hand.capacity - 2
+
+
 def test_a_device_that_is_full_is_not_given_up(
     runner: BatchRunner, fleet: Any, hand: Hand, residency: FakeResidency, batch: Batch, send: Any,
     take: Any, given_up: list[int],
