@@ -44,7 +44,7 @@ def up(
         float, typer.Option("--timeout", min=1, help="With --detach: seconds to get ready in.")
     ] = 300,
 ) -> None:
-    """Start the embedded stack. Redis, a dispatcher and workers, with their data in one folder."""
+    """Start the embedded stack. Redis, a dispatcher, a builder and workers, with their data in one folder."""
     chosen = {"stack": {"workers": workers}} if workers else {}
     settings = settings_for(data, **chosen)
     if detach:
