@@ -11,8 +11,8 @@ import functools
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from pipelines.engines.cuda_graph import Graphs
-from pipelines.engines.engine import Array, DeviceOutOfMemory
+from pipelines.engines.engine import DEVICE_FAILED, Array, DeviceOutOfMemory
 from schemas.errors import PipelineError, Transient
 
 Bytes = NDArray[np.uint8]
@@ -86,6 +86,27 @@ class Cuda(ABC):
     @abstractmethod
     def wait(self, stream: int) -> None:
         """Until all that was put on the stream is done. Sleeps, so that the core can decode meanwhile."""
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """`active`, for calls of a library that puts the blame on the model or the batch: where they fail,
+        the device is asked whether it was not itself. Raises Transient("device_failed") then."""
+        with self.active():
+            try:
+                yield
+            except PipelineError as error:
+                if not isinstance(error, Transient):
+                    self.check()
+                raise
+
+    def check(self) -> None:
+        """Raises Transient("device_failed") if this process cannot use the device any longer, as after an
+        illegal access in a kernel."""
+        stream = self.new_stream()
+        try:
+            self.wait(stream)
+        finally:
+            self.free_stream(stream)
 
     @functools.cached_property
     def _graphs(self) -> Graphs:
@@ -166,7 +187,7 @@ def failure(call: str, error: str) -> PipelineError:
             "use smaller buckets, fewer slots or a larger GPU."
         )
     return Transient(
-        "device_failed",
+        DEVICE_FAILED,
         f"Expected CUDA's {call} to succeed, got {error}; if it comes again, restart the worker "
         "and look at the GPU with nvidia-smi.",
     )

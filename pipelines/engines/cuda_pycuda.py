@@ -4,6 +4,7 @@ that torch and TensorRT use."""
 from __future__ import annotations
 
 import atexit
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ class PyCuda(Cuda):
             driver.init()
             self._device = driver.Device(0)
         self._context: Any = None
+        self._retaining = threading.Lock()
         self._memory: dict[int, Any] = {}
         self._streams: dict[int, tuple[Any, Any]] = {}
 
@@ -41,14 +43,16 @@ class PyCuda(Cuda):
     @contextmanager
     def active(self) -> Iterator[None]:
         with _translated():
-            if self._context is None:
-                self._context = self._device.retain_primary_context()
-                atexit.register(self._context.detach)  # or pycuda complains at the end
+            with self._retaining:  # pycuda takes what each call gives for a context of its own
+                if self._context is None:
+                    self._context = self._device.retain_primary_context()
+                    atexit.register(self._context.detach)  # or pycuda complains at the end
             self._context.push()
         try:
             yield
         finally:
-            self._context.pop()
+            with _translated():
+                self._context.pop()
 
     def allocate(self, size_bytes: int) -> int:
         with _translated():

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import io
 import platform
+import re
 from pathlib import Path
 
 from infra.logs import get_logger
-from pipelines.engines.engine import Engine, Profile
+from pipelines.engines.engine import DEVICE_FAILED, Array, Arrays, Engine, Profile
 from pipelines.engines.onnxruntime import (
     CPU,
     MODEL_FILE,
@@ -24,7 +25,7 @@ from pipelines.engines.onnxruntime import (
     open_session,
     session_options,
 )
-from schemas.errors import InvalidModel, PipelineError
+from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
 
 CUDA = "CUDAExecutionProvider"
 CUDA_OPTIONS = {
@@ -33,7 +34,30 @@ CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",  # by default each new shape waits for a search
 }
 
+_DEVICE_FAILED = re.compile(
+    r"CUDA failure (46|214|220|700|702|709|71[0-9]|72[01]|999)\b"
+    r"|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)"
+)
+"""Errors after which every call of the process fails, such as an illegal access; cuBLAS and cuDNN do not say
+which one it was. Others are about the batch."""
+
 _log = get_logger("engines.onnxruntime")
+
+
+class CudaEngine(OnnxRuntimeEngine):
+    """Raises Transient("device_failed") for a run that failed because of the device."""
+
+    def _run(self, inputs: Arrays) -> dict[str, Array]:
+        try:
+            return super()._run(inputs)
+        except InferenceFailed as error:
+            if not _DEVICE_FAILED.search(error.message):
+                raise
+            raise Transient(
+                DEVICE_FAILED,
+                f"Expected the GPU to work, {error.message} If it comes again, restart the worker and"
+                " look at the GPU with nvidia-smi.",
+            ) from error
 
 
 class OnnxRuntimeCuda:
@@ -80,7 +104,7 @@ class OnnxRuntimeCuda:
                 " `pip install 'onnxruntime-gpu[cuda,cudnn]'` brings them.",
             )
         size_bytes = sum(path.stat().st_size for path in artefact.iterdir())
-        return OnnxRuntimeEngine(session, size_bytes)
+        return CudaEngine(session, size_bytes)
 
     def _expect_provider(self) -> None:
         available = self._ort.get_available_providers()

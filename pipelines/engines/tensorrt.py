@@ -18,7 +18,7 @@ from pipelines.engines.cuda import Device, open_cuda
 from pipelines.engines.engine import Engine, Profile
 from pipelines.engines.machine_cache import Entry, MachineCache
 from pipelines.engines.tensorrt_build import build_plan
-from pipelines.engines.tensorrt_library import import_library
+from pipelines.engines.tensorrt_library import import_library, started
 from pipelines.engines.tensorrt_load import Validity, load_plan, validity_of
 from schemas.errors import InvalidModel
 
@@ -92,13 +92,13 @@ class TensorRT:
         else:
             cuda = open_cuda()
             timings = self._timings(cuda.device())
-            with cuda.active():
+            with cuda.working():
                 plan = build_plan(self._library, model, profile, self._settings, timings=timings)
         (into / PLAN_FILE).write_bytes(plan)
 
     def validity(self, artefact: Path) -> Validity:
         """Whether `load` would take it here, as far as can be told without loading."""
-        runtime = self._library.trt.Runtime(self._library.logger)
+        runtime = started(self._library, "Runtime")
         with (artefact / PLAN_FILE).open("rb") as plan:
             return validity_of(self._library, runtime, plan)
 

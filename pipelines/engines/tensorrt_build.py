@@ -10,7 +10,7 @@ from typing import Any
 from infra.settings import TensorRTSettings
 from pipelines.engines.engine import Profile
 from pipelines.engines.machine_cache import Entry
-from pipelines.engines.tensorrt_library import Library, checked, errors
+from pipelines.engines.tensorrt_library import Library, checked, errors, started
 from pipelines.engines.tensorrt_onnx import Shapes, parse, profile_shapes
 from schemas.errors import InvalidModel
 
@@ -28,15 +28,9 @@ def build_plan(
     timings: Entry | None = None,
 ) -> Any:
     """The plan, as a buffer. targets: TensorRT-RTX's, such as 89 for compute capability 8.9. timings: of
-    kernels, TensorRT's. Raises InvalidModel or DeviceOutOfMemory."""
+    kernels, TensorRT's. Raises InvalidModel, DeviceOutOfMemory, or PipelineError("device_missing")."""
     with _one_at_a_time, errors() as said:
-        builder = checked(
-            library.trt.Builder(library.logger),
-            "starting a builder",
-            said,
-            InvalidModel,
-            "engine_build_failed",
-        )
+        builder = started(library, "Builder")
         network, parser = parse(library, builder, model)
         config = builder.create_builder_config()
         _set_options(library, config, settings)

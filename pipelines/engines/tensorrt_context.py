@@ -49,6 +49,9 @@ class BucketContext:
             cuda.wait(stream)
             if bucket.fixed:
                 self._graph = self._captured()
+            if self._graph is not None:  # its first launch takes it to the device
+                cuda.launch(self._graph, stream)
+                cuda.wait(stream)
             made.pop_all()
 
     @property
@@ -85,13 +88,24 @@ class BucketContext:
             self._set_shape(spec, shape, InvalidModel)
             self._make_buffer(spec, shape)
         for spec, shape in self._output_shapes(InvalidModel):
+            self._expect_batch(spec, shape)
             self._make_buffer(spec, shape)
+
+    def _expect_batch(self, spec: TensorSpec, shape: Shape) -> None:
+        if spec.name in self._tensors.batched and shape[0] != self._bucket.rows:
+            raise InvalidModel(
+                "dynamic_shape",
+                f"Expected output {spec.name!r} with the batch of {self._bucket.rows} as its first "
+                f"axis, got {list(shape)}; export the graph with one row of output for each of input.",
+            )
 
     def _make_buffer(self, spec: TensorSpec, shape: Shape) -> None:
         buffer = Buffer(self._cuda, spec.dtype.itemsize * int(np.prod(shape, dtype=np.int64)))
         self._buffers[spec.name] = buffer
         buffer.shape(shape, spec.dtype)
-        self._context.set_tensor_address(spec.name, buffer.pointer)
+        with errors() as said:
+            taken = self._context.set_tensor_address(spec.name, buffer.pointer)
+            checked(taken, f"giving {spec.name!r} memory", said, InvalidModel, "engine_unusable")
 
     def _put(self, spec: TensorSpec, array: Array) -> None:
         """Into pinned memory, filled up to the bucket's rows."""

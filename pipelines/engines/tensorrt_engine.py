@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from pipelines.engines.cuda import Cuda
 from pipelines.engines.engine import Array, Arrays, DeviceOutOfMemory, Engine
 from pipelines.engines.tensorrt_context import BucketContext
 from pipelines.engines.tensorrt_tensors import Bucket, Tensors
-from schemas.errors import InferenceFailed
+from schemas.errors import InferenceFailed, Transient
 
 _log = get_logger("engines.tensorrt")
 
@@ -73,8 +73,11 @@ class TensorRTEngine(Engine):
         self._cuda = cuda
         self._loaded: Loaded | None = loaded
         self._tensors = loaded.tensors
-        with cuda.active():
-            self._slots = list(_slots(cuda, loaded, slots))
+        with cuda.active(), ExitStack() as made:
+            self._slots = [
+                made.enter_context(closing(slot)) for slot in _slots(cuda, loaded, slots)
+            ]
+            self._made = made.pop_all()
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for slot in self._slots:
             self._free.put(slot)
@@ -90,11 +93,16 @@ class TensorRTEngine(Engine):
             self._run_part(self._part(inputs, at, at + largest), min(largest, rows - at))
             for at in range(0, rows, largest)
         ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {
+            name: np.concatenate([part[name] for part in parts])
+            if name in self._tensors.batched
+            else array
+            for name, array in parts[0].items()
+        }
 
     def _run_part(self, inputs: Arrays, rows: int | None) -> dict[str, Array]:
         bucket = next(b for b in self._tensors.buckets if (b.rows or 0) >= (rows or 0))
-        with self._slot() as slot, self._cuda.active():
+        with self._slot() as slot, self._cuda.working():
             return slot.run(bucket, inputs, rows or 0)
 
     @contextmanager
@@ -120,10 +128,12 @@ class TensorRTEngine(Engine):
         return next(iter(sizes.values()), None)
 
     def _close(self) -> None:
-        with self._cuda.active():
-            while self._slots:
-                self._slots.pop().close()
-            self._loaded = None
+        try:
+            with self._cuda.active(), self._made:
+                self._slots.clear()
+        except Transient as error:  # the device failed: its memory goes with this process
+            _log.warning("engine_not_freed", reason=error.message)
+        self._loaded = None
 
 
 def _slots(cuda: Cuda, loaded: Loaded, most: int) -> Iterator[Slot]:

@@ -19,10 +19,17 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 OLDEST = (10, 16)
 """Of the classic library."""
 
-_OUT_OF_MEMORY = ("out of memory", "outofmemory", "insufficient memory", "bad_alloc")
+_OUT_OF_MEMORY = (
+    *("out of memory", "outofmemory", "out_of_memory", "insufficient memory"),
+    *("bad_alloc", "alloc_failed", "errormemoryallocation"),
+)
+"""In the words of TensorRT, of CUDA's driver and runtime, of cuBLAS and cuDNN, and of C++."""
 
 _log = get_logger("engines.tensorrt")
-_listeners: list[list[str]] = []
+_loggers: list[Any] = []
+"""For good: a library goes on calling the first one it was given, whoever else drops it."""
+
+_listeners: dict[int, list[str]] = {}
 
 
 class Library(NamedTuple):
@@ -63,14 +70,15 @@ def _logger(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             _hear(severity.name, message)
 
-    return Logger()
+    _loggers.append(Logger())
+    return _loggers[-1]
 
 
 def _hear(severity: str, message: str) -> None:
     match severity:
         case "ERROR" | "INTERNAL_ERROR":
             _log.error("tensorrt_says", message=message)
-            for listener in list(_listeners):
+            for listener in list(_listeners.values()):
                 listener.append(message)
         case "WARNING":
             _log.warning("tensorrt_says", message=message)
@@ -83,11 +91,23 @@ def errors() -> Iterator[list[str]]:
     """Gives the errors logged since the block began, whatever thread logs: builders have threads of
     their own. Of two blocks at once each may get the other's too."""
     said: list[str] = []
-    _listeners.append(said)
+    _listeners[id(said)] = said
     try:
         yield said
     finally:
-        _listeners[:] = [listener for listener in _listeners if listener is not said]
+        del _listeners[id(said)]
+
+
+def started(library: Library, name: str) -> Any:
+    """A Builder or a Runtime. Raises PipelineError("device_missing") where the library does not start, as with
+    a driver older than its CUDA; DeviceOutOfMemory."""
+    with errors() as said:
+        try:
+            made = getattr(library.trt, name)(library.logger)
+        except TypeError:  # of pybind11, for a constructor that answers nothing
+            made = None
+        doing = f"starting the {name} of {library.trt.__name__} {library.trt.__version__}"
+        return checked(made, doing, said, PipelineError, "device_missing")
 
 
 def checked(answer: Any, doing: str, said: list[str], error: type[PipelineError], code: str) -> Any:

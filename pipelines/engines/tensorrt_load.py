@@ -15,7 +15,7 @@ from pipelines.engines.engine import DeviceOutOfMemory
 from pipelines.engines.machine_cache import Entry, MachineCache
 from pipelines.engines.tensorrt_context import BucketContext
 from pipelines.engines.tensorrt_engine import Loaded, TensorRTEngine
-from pipelines.engines.tensorrt_library import Library, checked, errors
+from pipelines.engines.tensorrt_library import Library, checked, errors, started
 from pipelines.engines.tensorrt_tensors import Bucket, Tensors, tensors_of
 from schemas.errors import InvalidModel
 
@@ -33,9 +33,10 @@ def load_plan(
     host_code: bool,
 ) -> TensorRTEngine:
     """host_code: whether the plan may hold code for this machine's CPU, as plans do that newer versions
-    can load. Raises InvalidModel or DeviceOutOfMemory."""
-    with cuda.active():
-        runtime = library.trt.Runtime(library.logger)
+    can load. Raises InvalidModel, DeviceOutOfMemory, Transient("device_failed"), or
+    PipelineError("device_missing")."""
+    with cuda.working():
+        runtime = started(library, "Runtime")
         runtime.engine_host_code_allowed = host_code
         engine = _deserialized(library, runtime, path)
         kernels = _Kernels(library, cuda, engine, path, machine_cache)
@@ -81,6 +82,7 @@ def _contexts(
 ) -> Callable[[Bucket, int, int], BucketContext]:
     """Makes a context for a bucket, on a stream, with scratch memory at an address."""
     trt = library.trt
+    configs: list[Any] = []  # a context may look at its own for as long as it is there
 
     def new_context(bucket: Bucket, stream: int, scratch: int) -> BucketContext:
         config = engine.create_runtime_config()
@@ -88,6 +90,7 @@ def _contexts(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         kernels.use(config, bucket)
+        configs.append(config)
         with errors() as said:
             context = engine.create_execution_context(config)
             checked(context, "making a context", said, InvalidModel, "engine_unusable")
@@ -136,8 +139,8 @@ class _Kernels:
             config.set_runtime_cache(self._compiled)
 
     def keep(self) -> None:
-        if self._kept and self._compiled is not None:
-            self._kept.write(bytes(self._compiled.serialize()))
+        if self._kept and (compiled := self._compiled.serialize()) is not None:
+            self._kept.write(bytes(compiled))
 
 
 class Validity(Struct, frozen=True):

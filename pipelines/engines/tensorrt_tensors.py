@@ -63,8 +63,15 @@ class Tensors(NamedTuple):
 
 
 def tensors_of(trt: Any, engine: Any) -> Tensors:
-    """Raises InvalidModel for types that numpy does not have."""
+    """Raises InvalidModel for types that numpy does not have, and for tensors on the host."""
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    for name in names:
+        if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+            raise InvalidModel(
+                "dynamic_shape",
+                f"Expected inputs and outputs in the GPU's memory, {name!r} is in the host's, because"
+                " shapes are computed of it; export the graph so that it takes them from its data.",
+            )
     specs = {name: _spec(engine, name) for name in names}
     is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
     inputs = tuple(specs[name] for name in names if is_input[name])
@@ -93,6 +100,10 @@ def _bucket(
     smallest: dict[str, Shape] = {}
     largest: dict[str, Shape] = {}
     for spec in inputs:
+        shape = tuple(engine.get_tensor_shape(spec.name))
+        if -1 not in shape:  # then profiles do not have it
+            smallest[spec.name] = largest[spec.name] = shape
+            continue
         low, _, high = engine.get_tensor_profile_shape(spec.name, profile)
         smallest[spec.name], largest[spec.name] = tuple(low), tuple(high)
     rows = [largest[spec.name][0] for spec in inputs if spec.name in batched]

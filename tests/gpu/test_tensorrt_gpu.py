@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,17 +22,23 @@ from pipelines.bundle import Bundle
 from pipelines.engines.cuda import open_cuda
 from pipelines.engines.engine import DeviceOutOfMemory, Engine, Profile
 from pipelines.engines.onnxruntime import OnnxRuntime
+from pipelines.engines.precision import difference
 from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
 from schemas.errors import InvalidModel, PipelineError
 from schemas.models import ShapeRange
 
+ROOT = Path(__file__).parents[2]
 BUCKETS = (1, 2, 4, 8)
+FEW = (1, 8)
+"""Of large models: each bucket is built and timed by itself."""
 LARGE = 1 << 17
 """Rows whose inputs take 32 MiB."""
-FLOAT32 = {"rtol": 1e-3, "atol": 1e-4}
-"""Sums of float32 in another order; without TF32, which would be ten times off."""
+FLOAT32 = 1e-4
+"""How far answers may be from the CPU's (see `difference`): sums of float32 in another order, which between
+two libraries on a CPU are 1e-6 off. With weights in TF32 EfficientNet is 3e-3 off and MiniLM 5e-4."""
 
 Arrays = dict[str, np.ndarray]
+Load = Callable[[Path], Engine]
 
 
 def reference(model: Path, folder: Path, inputs: Arrays) -> Arrays:
@@ -42,10 +51,10 @@ def reference(model: Path, folder: Path, inputs: Arrays) -> Arrays:
     return answer
 
 
-def expect_agreement(came: Arrays, expected: Arrays, **tolerance: float) -> None:
+def expect_agreement(came: Arrays, expected: Arrays, tolerance: float = FLOAT32) -> None:
     assert came.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_allclose(came[name], array, **(tolerance or FLOAT32), err_msg=name)
+    off = {name: difference(came[name], array) for name, array in expected.items()}
+    assert max(off.values()) < tolerance, off
 
 
 def save(folder: Path, graph: onnx.GraphProto) -> Path:
@@ -82,9 +91,9 @@ def rows(count: int, seed: int = 1) -> np.ndarray:
 
 
 @pytest.fixture
-def engine(backend: TensorRT, classifier: Path, artefact: Path) -> Engine:
+def engine(backend: TensorRT, load: Load, classifier: Path, artefact: Path) -> Engine:
     backend.compile(classifier, Profile(BUCKETS), artefact)
-    return backend.load(artefact, threads=1)
+    return load(artefact)
 
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────
@@ -118,12 +127,12 @@ def test_torch_and_the_engine_share_the_device_and_its_context(engine: Engine) -
         assert (torch.from_numpy(x).cuda() @ first).sum().item() == before
 
 
-def test_photographs(backend: TensorRT, artefact: Path, tmp_path: Path) -> None:
+def test_photographs(backend: TensorRT, load: Load, artefact: Path, tmp_path: Path) -> None:
     efficientnet.build(tmp_path / "bundle")
     model = tmp_path / "bundle" / "model.onnx"
-    backend.compile(model, Profile(BUCKETS), artefact)
+    backend.compile(model, Profile(FEW), artefact)
     images = np.random.default_rng(2).standard_normal((5, 3, 224, 224), dtype=np.float32)
-    came = backend.load(artefact, threads=1).run({"images": images})
+    came = load(artefact).run({"images": images})
     expect_agreement(came, reference(model, tmp_path / "ort", {"images": images}))
 
 
@@ -131,11 +140,13 @@ def shapes_of(bundle: Path, role: str = "main") -> dict[str, ShapeRange]:
     return Bundle.open(bundle, check_graphs=False).config.engines[role].shapes
 
 
-def test_sentences_of_any_length(backend: TensorRT, artefact: Path, tmp_path: Path) -> None:
+def test_sentences_of_any_length(
+    backend: TensorRT, load: Load, artefact: Path, tmp_path: Path
+) -> None:
     minilm.build_embedder(tmp_path / "bundle")
     model = tmp_path / "bundle" / "model.onnx"
-    backend.compile(model, Profile(BUCKETS, shapes_of(tmp_path / "bundle")), artefact)
-    engine = backend.load(artefact, threads=1)
+    backend.compile(model, Profile(FEW, shapes_of(tmp_path / "bundle")), artefact)
+    engine = load(artefact)
     for number, (count, length) in enumerate([(1, 1), (3, 17), (8, 256), (11, 5)]):
         ids = np.random.default_rng(number).integers(1000, 20_000, (count, length))
         inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -143,7 +154,7 @@ def test_sentences_of_any_length(backend: TensorRT, artefact: Path, tmp_path: Pa
         expect_agreement(engine.run(inputs), expected)
 
 
-def test_speech_from_nothing_said_on(backend: TensorRT, tmp_path: Path) -> None:
+def test_speech_from_nothing_said_on(backend: TensorRT, load: Load, tmp_path: Path) -> None:
     whisper.build(tmp_path / "bundle")
     engines = {}
     for role in ("encoder", "decoder"):
@@ -151,28 +162,28 @@ def test_speech_from_nothing_said_on(backend: TensorRT, tmp_path: Path) -> None:
         folder.mkdir()
         model = tmp_path / "bundle" / f"{role}.onnx"
         backend.compile(model, Profile((1, 2), shapes_of(tmp_path / "bundle", role)), folder)
-        engines[role] = backend.load(folder, threads=1), model
+        engines[role] = load(folder), model
     waveform = np.random.default_rng(3).standard_normal((2, 480_000), dtype=np.float32) * 0.1
     encoder, model = engines["encoder"]
     heard = encoder.run({"waveform": waveform})
-    loose = {"rtol": 1e-2, "atol": 1e-3}
-    expect_agreement(heard, reference(model, tmp_path / "e", {"waveform": waveform}), **loose)
+    loose = 1e-3  # its spectrogram has logarithms of what is nearly nothing
+    expect_agreement(heard, reference(model, tmp_path / "e", {"waveform": waveform}), loose)
     decoder, model = engines["decoder"]
     said = np.zeros((2, 8, 6, 0, 64), np.float32)
     for number in range(3):
         inputs = {**heard, "token": np.full((2, 1), 50257), "past_kv": said}
         came = decoder.run(inputs)
-        expect_agreement(came, reference(model, tmp_path / f"d{number}", inputs), **loose)
+        expect_agreement(came, reference(model, tmp_path / f"d{number}", inputs), loose)
         said = came["present_kv"]
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(TensorProto.FLOAT16, 2e-2), (TensorProto.BFLOAT16, 1e-1)],
+    [(TensorProto.FLOAT16, 2e-3), (TensorProto.BFLOAT16, 1.6e-2)],
     ids=["fp16", "bf16"],
 )
 def test_a_graph_that_was_cast_is_as_exact_as_its_type(
-    backend: TensorRT, artefact: Path, tmp_path: Path, dtype: int, tolerance: float
+    backend: TensorRT, load: Load, artefact: Path, tmp_path: Path, dtype: int, tolerance: float
 ) -> None:
     first, _ = weights()
     nodes = [
@@ -186,8 +197,35 @@ def test_a_graph_that_was_cast_is_as_exact_as_its_type(
     graph = helper.make_graph(nodes, "cast", [x], [y], [numpy_helper.from_array(first, "w")])
     backend.compile(save(tmp_path, graph), Profile(BUCKETS), artefact)
     given = rows(8)
-    came = backend.load(artefact, threads=1).run({"x": given})
-    expect_agreement(came, {"y": given @ first}, rtol=tolerance, atol=8 * tolerance)
+    off = difference(load(artefact).run({"x": given})["y"], given @ first)
+    assert tolerance / 100 < off < tolerance, "rounded, and no more than that"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "operator"),
+    [
+        pytest.param(TensorProto.FLOAT16, "Add", id="fp16"),
+        pytest.param(TensorProto.INT32, "Add", id="int32"),
+        pytest.param(TensorProto.INT64, "Add", id="int64"),
+        pytest.param(TensorProto.BOOL, "Xor", id="bool"),
+    ],
+)
+def test_each_type_of_input_and_output(
+    backend: TensorRT, load: Load, artefact: Path, tmp_path: Path, dtype: int, operator: str
+) -> None:
+    """x[N, 5] and a scalar, in any layout: y of the same type."""
+    shapes = {"x": ["N", 5], "one": [], "y": ["N", 5]}
+    x, one, y = (helper.make_tensor_value_info(n, dtype, shape) for n, shape in shapes.items())
+    node = helper.make_node(operator, ["x", "one"], ["y"])
+    model = save(tmp_path, helper.make_graph([node], "types", [x, one], [y]))
+    backend.compile(model, Profile(FEW), artefact)
+    numpy_type = helper.tensor_dtype_to_np_dtype(dtype)
+    wide = np.random.default_rng(0).integers(0, 2, (24, 10)).astype(numpy_type)
+    inputs = {"x": wide[::-2, ::2], "one": np.ones((), numpy_type)}
+    came = load(artefact).run(inputs)["y"]
+    assert came.dtype == numpy_type
+    expected = np.logical_xor if operator == "Xor" else np.add
+    assert np.array_equal(came, expected(inputs["x"], inputs["one"]))
 
 
 # ── slots, graphs, memory ───────────────────────────────────────────────────────────────────────
@@ -202,19 +240,91 @@ def test_many_threads_share_the_slots(engine: Engine) -> None:
 
 
 def test_a_graph_answers_what_the_plain_run_answers(
-    backend: TensorRT, classifier: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch
+    backend: TensorRT, load: Load, classifier: Path, artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend.compile(classifier, Profile(BUCKETS), artefact)
     with monkeypatch.context() as patched:
         context = "pipelines.engines.tensorrt_context.BucketContext._captured"
         patched.setattr(context, lambda self: None)
-        plain = backend.load(artefact, threads=1)
-    graphs = backend.load(artefact, threads=1)
+        plain = load(artefact)
+    graphs = load(artefact)
     for slot in graphs._slots:  # type: ignore[attr-defined]
         assert all(made._graph for made in slot._contexts.values())
     for count in (1, 3, 8):
         x = {"x": rows(count)}
         assert np.array_equal(graphs.run(x)["y"], plain.run(x)["y"])
+
+
+def test_an_engine_is_loaded_while_another_runs(engine: Engine, load: Load, artefact: Path) -> None:
+    """One thread captures graphs and allocates while others put work on streams of their own."""
+    x = rows(5)
+    expected = engine.run({"x": x})["y"]
+    ended = threading.Event()
+
+    def run() -> bool:
+        right = True
+        while not ended.is_set():
+            right &= np.array_equal(engine.run({"x": x})["y"], expected)
+        return right
+
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(run) for _ in range(2)]
+        try:
+            for _ in range(5):
+                assert np.array_equal(load(artefact).run({"x": x})["y"], expected)
+        finally:
+            ended.set()
+    assert all(thread.result() for thread in running)
+
+
+FAIL = """if True:
+    import sys
+    from pathlib import Path
+    import numpy as np
+    from pipelines.engines.cuda import open_cuda
+    from pipelines.engines.engine import DEVICE_FAILED
+    from pipelines.engines.tensorrt import TensorRT
+    from pipelines.engines.tensorrt_context import BucketContext
+    from schemas.errors import Transient
+    from tests.gpu.trap import trap
+    if sys.argv[3] == "plain":
+        BucketContext._captured = lambda self: None
+    backend, artefact, cuda = TensorRT(sys.argv[1]), Path(sys.argv[2]), open_cuda()
+    engine = backend.load(artefact, threads=1)
+    engine.run({"x": np.zeros((3, 64), np.float32)})
+    with cuda.active():
+        stream = cuda.new_stream()
+        trap(stream)
+    calls = [
+        lambda: wait(stream),
+        lambda: engine.run({"x": np.zeros((3, 64), np.float32)}),
+        lambda: engine.run({"x": np.zeros((3, 64), np.float32)}),
+        lambda: backend.load(artefact, threads=1),
+    ]
+    def wait(stream):
+        with cuda.active():
+            cuda.wait(stream)
+    codes = []
+    for call in calls:
+        try:
+            call()
+        except Transient as error:
+            codes.append(error.code)
+    assert codes == [DEVICE_FAILED] * 4, codes
+    engine.close()
+    print("ended well")
+"""
+
+
+@pytest.mark.parametrize("by", ["graph", "plain"])
+def test_a_device_that_failed_fails_no_job_and_no_model(
+    backend: TensorRT, classifier: Path, artefact: Path, by: str
+) -> None:
+    """In a process of its own, because it stays so."""
+    backend.compile(classifier, Profile(FEW), artefact)
+    command = [sys.executable, "-c", FAIL, backend.name, str(artefact), by]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "ended well" in done.stdout, done.stdout + done.stderr
 
 
 def test_closing_gives_the_memory_back(backend: TensorRT, classifier: Path, artefact: Path) -> None:
@@ -233,7 +343,7 @@ def test_closing_gives_the_memory_back(backend: TensorRT, classifier: Path, arte
 
 
 def test_a_device_without_room_is_a_retryable_error(
-    backend: TensorRT, classifier: Path, artefact: Path
+    backend: TensorRT, load: Load, classifier: Path, artefact: Path
 ) -> None:
     backend.compile(classifier, Profile((LARGE,)), artefact)
     cuda = open_cuda()
@@ -245,12 +355,14 @@ def test_a_device_without_room_is_a_retryable_error(
                 taken.append(cuda.allocate(size))
             except DeviceOutOfMemory:
                 size //= 2
-    with pytest.raises(DeviceOutOfMemory):
-        backend.load(artefact, threads=1)
-    with cuda.active():
-        for pointer in taken:
-            cuda.free(pointer)
-    engine = backend.load(artefact, threads=1)
+    try:
+        with pytest.raises(DeviceOutOfMemory):
+            backend.load(artefact, threads=1)
+    finally:
+        with cuda.active():
+            for pointer in taken:
+                cuda.free(pointer)
+    engine = load(artefact)
     assert engine.run({"x": rows(3)})["y"].shape == (3, 48)
 
 
@@ -302,14 +414,17 @@ def test_loading_takes_a_fraction_of_building(
     artefact: Path,
     tmp_path: Path,
     record_property: Callable[[str, Any], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Reports both: the figure of docs/performance.md for a machine with a GPU."""
+    """Reports both. Kernels that an earlier test timed are not timed again."""
     efficientnet.build(tmp_path / "bundle")
     began = time.perf_counter()
-    backend.compile(tmp_path / "bundle" / "model.onnx", Profile(BUCKETS), artefact)
+    backend.compile(tmp_path / "bundle" / "model.onnx", Profile(FEW), artefact)
     built = time.perf_counter()
     backend.load(artefact, threads=1).close()
     loaded = time.perf_counter()
     record_property("build_s", built - began)
     record_property("load_s", loaded - built)
-    print(f"{backend.name}: built in {built - began:.2f} s, loaded in {loaded - built:.2f} s")
+    with capsys.disabled():
+        print(f"\n{backend.name}: built in {built - began:.2f} s, loaded in {loaded - built:.2f} s")
+    assert loaded - built < built - began

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
 enum { MOST = 64, DEVICE_BYTES = 1 << 20 };
 
 typedef struct { void *to; const void *from; size_t size; } Copy;
@@ -17,8 +17,12 @@ typedef struct { Stream *stream; unsigned flags; } Event;
 
 static __thread int contexts;
 static size_t used, sizes;
+static int failed;
+
+void fake_fail(void) { failed = 1; } /* as after an illegal access: for good */
 
 #define NEEDS_CONTEXT if (contexts < 1) return INVALID_CONTEXT
+#define NEEDS_DEVICE NEEDS_CONTEXT; if (failed) return ILLEGAL_ADDRESS
 
 int cuInit(unsigned flags) { return SUCCESS; }
 int cuDriverGetVersion(int *version) { *version = 13000; return SUCCESS; }
@@ -60,7 +64,7 @@ int cuMemAllocHost_v2(void **memory, size_t size) { return cuMemHostAlloc(memory
 int cuMemFreeHost(void *memory) { NEEDS_CONTEXT; free(memory); return SUCCESS; }
 
 int cuStreamCreate(Stream **stream, unsigned flags) {
-  NEEDS_CONTEXT;
+  NEEDS_DEVICE;
   *stream = calloc(1, sizeof(Stream));
   (*stream)->flags = flags;
   return SUCCESS;
@@ -75,7 +79,7 @@ int cuEventCreate(Event **event, unsigned flags) {
 int cuEventDestroy_v2(Event *event) { NEEDS_CONTEXT; free(event); return SUCCESS; }
 int cuEventRecord(Event *event, Stream *stream) { NEEDS_CONTEXT; event->stream = stream; return SUCCESS; }
 int cuEventSynchronize(Event *event) {
-  NEEDS_CONTEXT;
+  NEEDS_DEVICE;
   if (event->flags != 3 || event->stream->flags != 1) return INVALID_VALUE; /* sleeping, untimed; non-blocking */
   Work *todo = &event->stream->todo;
   for (int i = 0; i < todo->count; i++) memcpy(todo->copies[i].to, todo->copies[i].from, todo->copies[i].size);
@@ -123,7 +127,8 @@ int cuGraphDestroy(Work *graph) { free(graph); return SUCCESS; }
 int cuGraphExecDestroy(Work *executable) { free(executable); return SUCCESS; }
 
 int cuGetErrorName(int status, const char **name) {
-  *name = status == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_INVALID_VALUE";
+  *name = status == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY"
+    : status == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_INVALID_VALUE";
   return SUCCESS;
 }
 int cuGetErrorString(int status, const char **text) {

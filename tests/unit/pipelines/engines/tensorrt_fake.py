@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import json
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +30,14 @@ L4 = Device("NVIDIA L4", 89, 24 * 1024**3, 13000)
 
 class FakeCuda(Cuda):
     """calls: in their order. memory_bytes: when it is used up, allocating fails. before_wait: called by
-    each wait, on the thread that waits."""
+    each wait, on the thread that waits. lost: the device failed, as it does for good."""
 
     def __init__(self, device: Device = L4, memory_bytes: int = 1 << 30) -> None:
         self.calls: list[str] = []
         self.memory_bytes = memory_bytes
         self.before_wait: Callable[[], None] = lambda: None
         self.uncapturable = False
+        self.lost = False
         self.memory: dict[int, np.ndarray] = {}
         self.pinned_arrays: dict[int, Bytes] = {}
         self.streams: set[int] = set()
@@ -78,11 +80,13 @@ class FakeCuda(Cuda):
         del self.pinned_arrays[id(memory)]
 
     def new_stream(self) -> int:
+        self._expect_device("cuStreamCreate")
         stream = self._new()
         self.streams.add(stream)
         return stream
 
     def free_stream(self, stream: int) -> None:
+        self._expect_device("cuStreamDestroy")
         self._called("free_stream")
         self.streams.remove(stream)
 
@@ -105,6 +109,7 @@ class FakeCuda(Cuda):
 
     def wait(self, stream: int) -> None:
         self.before_wait()
+        self._expect_device("cuEventSynchronize")
         self._called("wait")
         for work in self._todo.pop(stream, []):
             work()
@@ -131,6 +136,10 @@ class FakeCuda(Cuda):
         self._called("free_graph")
         del self.graphs[graph]
 
+    def _expect_device(self, call: str) -> None:
+        if self.lost:
+            raise failure(call, "CUDA_ERROR_ILLEGAL_ADDRESS")
+
     @property
     def holds_nothing(self) -> bool:
         return not (self.memory or self.pinned_arrays or self.streams or self.graphs)
@@ -154,6 +163,10 @@ class DataType(enum.Enum):
 
 class TensorIOMode(enum.Enum):
     INPUT, OUTPUT = range(2)
+
+
+class TensorLocation(enum.Enum):
+    DEVICE, HOST = range(2)
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
@@ -236,13 +249,15 @@ def plan_of(
 class Gpu(SimpleNamespace):
     """What the classes below share. cuda: where tensors lie. compute: inputs to outputs, by name. says:
     what the next failing call logs. broken: names of calls that fail. most_rows: in more it is out of
-    memory. configs, builds: what engines and builders were told."""
+    memory. most_contexts: that there may be. on_host: names of tensors that lie there. configs, builds: what
+    engines and builders were told."""
 
 
 class Runtime:
     gpu: Gpu
 
     def __init__(self, logger: ILogger) -> None:
+        _expect_start(self.gpu, logger)
         self.engine_host_code_allowed = False
         self._logger = logger
 
@@ -282,6 +297,9 @@ class ICudaEngine:
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
 
+    def get_tensor_location(self, name: str) -> TensorLocation:
+        return TensorLocation.HOST if name in self.gpu.on_host else TensorLocation.DEVICE
+
     def get_tensor_dtype(self, name: str) -> DataType:
         return DataType[(self.inputs | self.outputs)[name][0]]
 
@@ -290,48 +308,51 @@ class ICudaEngine:
         return shape
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
-        shapes: list[list[int]] = self.profiles[profile_index].get(name)
-        return shapes or [self.inputs[name][1]] * 3
+        """Of a dynamic input, which is in each profile; whether of others is not said."""
+        shapes: list[list[int]] = self.profiles[profile_index][name]
+        return shapes
 
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         size: int = self.scratch[profile_index]
         return size
 
     def create_runtime_config(self) -> IRuntimeConfig:
-        config = IRuntimeConfig(self.gpu)
-        self.gpu.configs.append(config)
+        config = IRuntimeConfig()
+        config.told = SimpleNamespace(allocation=None, strategy=None, cache=None, gpu=self.gpu)
+        self.gpu.configs.append(config.told)
         return config
 
     def create_execution_context(self, runtime_config: IRuntimeConfig) -> IExecutionContext | None:
         if _fails(self.gpu, "create_execution_context", self.logger):
             return None
-        return IExecutionContext(self)
+        if len(self.gpu.contexts) == self.gpu.most_contexts:
+            self.logger.log(ILogger.Severity.ERROR, self.gpu.says)
+            return None
+        context = IExecutionContext(self, runtime_config)
+        self.gpu.contexts.add(context)
+        return context
 
 
 class IRuntimeConfig:
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
-        self._strategy: Any = None
-        self.cache: IRuntimeCache | None = None
-        self.allocation: Any = None
+    told: SimpleNamespace
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        self.allocation = strategy
+        self.told.allocation = strategy
 
     @property
     def dynamic_shapes_kernel_specialization_strategy(self) -> Any:
-        return self._strategy
+        return self.told.strategy
 
     @dynamic_shapes_kernel_specialization_strategy.setter
     def dynamic_shapes_kernel_specialization_strategy(self, strategy: Any) -> None:
-        assert self._gpu.is_rtx
-        self._strategy = strategy
+        assert self.told.gpu.is_rtx
+        self.told.strategy = strategy
 
     def create_runtime_cache(self) -> IRuntimeCache:
         return IRuntimeCache()
 
     def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
-        self.cache = cache
+        self.told.cache = cache
         return True
 
 
@@ -348,9 +369,10 @@ class IRuntimeCache:
 
 
 class IExecutionContext:
-    def __init__(self, engine: ICudaEngine) -> None:
+    def __init__(self, engine: ICudaEngine, config: IRuntimeConfig) -> None:
         self._engine = engine
         self._gpu = engine.gpu
+        self._config = weakref.ref(config)  # the library does not keep it
         self._profile: int | None = None
         self._scratch: tuple[int, int] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -368,8 +390,10 @@ class IExecutionContext:
         assert self._profile is not None
         if _fails(self._gpu, "set_input_shape", self._engine.logger):
             return False
-        low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
         self._shapes[name] = tuple(shape)
+        if -1 not in self._engine.get_tensor_shape(name):
+            return list(shape) == self._engine.get_tensor_shape(name)
+        low, _, high = self._engine.get_tensor_profile_shape(name, self._profile)
         return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
     def infer_shapes(self) -> list[str]:
@@ -383,6 +407,8 @@ class IExecutionContext:
         return tuple(-1 for _ in shape) if self._gpu.data_dependent else shape
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
+        if _fails(self._gpu, "set_tensor_address", self._engine.logger):
+            return False
         self._addresses[name] = memory
         return True
 
@@ -393,7 +419,8 @@ class IExecutionContext:
     def execute_async_v3(self, stream_handle: int) -> bool:
         if _fails(self._gpu, "execute_async_v3", self._engine.logger):
             return False
-        if any(shape[0] > self._gpu.most_rows for shape in self._shapes.values()):
+        assert self._config(), "the configuration ended before its context"
+        if any(shape[:1] > (self._gpu.most_rows,) for shape in self._shapes.values()):
             self._engine.logger.log(ILogger.Severity.ERROR, "Cuda Runtime (out of memory)")
             return False
         cuda = self._gpu.cuda
@@ -420,6 +447,11 @@ class IExecutionContext:
         return np.dtype({"FLOAT": "f4", "HALF": "f2", "BOOL": "?"}.get(kind, kind.lower()))
 
 
+def _expect_start(gpu: Gpu, logger: ILogger) -> None:
+    if _fails(gpu, "start", logger):
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
 def _fails(gpu: Gpu, call: str, logger: ILogger) -> bool:
     if call in gpu.broken:
         logger.log(ILogger.Severity.ERROR, gpu.says)
@@ -434,6 +466,7 @@ class Builder:
     gpu: Gpu
 
     def __init__(self, logger: ILogger) -> None:
+        _expect_start(self.gpu, logger)
         self._logger = logger
 
     def create_network(self, flags: int) -> INetworkDefinition:
@@ -577,7 +610,8 @@ def double(x: np.ndarray) -> dict[str, np.ndarray]:
 
 
 CLASSES: tuple[type, ...] = (
-    *(DataType, TensorIOMode, NetworkDefinitionCreationFlag, BuilderFlag, MemoryPoolType),
+    *(DataType, TensorIOMode, TensorLocation, NetworkDefinitionCreationFlag, BuilderFlag),
+    MemoryPoolType,
     *(HardwareCompatibilityLevel, ExecutionContextAllocationStrategy, ComputeCapability),
     *(EngineValidity, EngineInvalidityDiagnostics, DynamicShapesKernelSpecializationStrategy),
     *(ILogger, Runtime, ICudaEngine, IRuntimeConfig, IRuntimeCache, IExecutionContext),
@@ -605,6 +639,9 @@ def fake_tensorrt(cuda: FakeCuda, compute: Compute = double, *, is_rtx: bool = F
         data_dependent=False,
         branches=False,
         most_rows=1000,
+        contexts=weakref.WeakSet(),
+        most_contexts=1000,
+        on_host=(),
         host_code=None,
     )
     members: dict[str, Any] = {cls.__name__: cls for cls in CLASSES}

@@ -53,6 +53,25 @@ ROUND_TRIP = """if True:
 """
 
 THREADS = """if True:
+    # The context is retained once, however many threads want it first.
+    fresh, first = Library(), threading.Barrier(2)
+    retained = []
+    if hasattr(fresh._device, "retain_primary_context"):
+        class Device:
+            def retain_primary_context(self, real=fresh._device):
+                retained.append(1)
+                try:
+                    first.wait(0.2)
+                except threading.BrokenBarrierError:
+                    pass
+                return real.retain_primary_context()
+        fresh._device = Device()
+    def enter():
+        with fresh.active():
+            pass
+    threads = [threading.Thread(target=enter) for _ in range(2)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(retained) <= 1, retained
     def work():
         with cuda.active():
             stream = cuda.new_stream()
@@ -113,7 +132,22 @@ GRAPH = """if True:
 """
 
 
-SCRIPTS = [COMMON, ROUND_TRIP, THREADS, OUT_OF_MEMORY, GRAPH]
+FAILED = """if True:
+    import ctypes
+    driver = ctypes.CDLL("libcuda.so.1")
+    with cuda.active():
+        stream = cuda.new_stream()
+        driver.fake_fail()
+        for call in (lambda: cuda.wait(stream), cuda.check):
+            try:
+                call()
+            except Transient as error:
+                assert error.code == "device_failed", error
+            else:
+                raise AssertionError("a device that failed")
+"""
+
+SCRIPTS = [COMMON, ROUND_TRIP, THREADS, OUT_OF_MEMORY, GRAPH, FAILED]
 """In one process, for the time that it takes to start."""
 
 

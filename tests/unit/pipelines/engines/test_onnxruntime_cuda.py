@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipelines.engines import EngineCache, load_engine
-from pipelines.engines.engine import DeviceOutOfMemory, Profile
+from pipelines.engines.engine import DEVICE_FAILED, DeviceOutOfMemory, Profile
 from pipelines.engines.onnxruntime import MODEL_FILE, OnnxRuntime, open_unchanged
 from pipelines.engines.onnxruntime_cuda import CUDA, OnnxRuntimeCuda
-from schemas.errors import InvalidModel, PipelineError
+from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
 from schemas.models import EngineConfig
 
 MakeModel = Callable[..., Path]
@@ -116,6 +116,40 @@ def test_what_the_library_says_is_told_apart(
     with pytest.raises(expected) as refused:
         OnnxRuntimeCuda().load(artefact, threads=1)
     assert refused.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("says", "expected", "code"),
+    [
+        ("CUDA failure 700: an illegal memory access was encountered", Transient, DEVICE_FAILED),
+        ("CUDA failure 719: unspecified launch failure", Transient, DEVICE_FAILED),
+        ("CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED", Transient, DEVICE_FAILED),
+        ("CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED", Transient, DEVICE_FAILED),
+        ("CUDA failure 2: out of memory", DeviceOutOfMemory, "device_out_of_memory"),
+        ("CUDA failure 1: invalid argument", InferenceFailed, "engine_failed"),
+        ("CUDNN failure 3: CUDNN_STATUS_BAD_PARAM", InferenceFailed, "engine_failed"),
+        ("Non-zero status code while running Gather node", InferenceFailed, "engine_failed"),
+    ],
+)
+def test_a_run_that_fails_is_the_batchs_fault_or_the_devices(
+    cuda_build: None,
+    artefact: Path,
+    batch: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    says: str,
+    expected: type[PipelineError],
+    code: str,
+) -> None:
+    """After an illegal access each later run fails alike: its jobs must not be failed for it."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(says)
+
+    engine = OnnxRuntimeCuda().load(artefact, threads=1)
+    monkeypatch.setattr(engine._session, "run", fail)  # type: ignore[attr-defined]
+    with pytest.raises(expected) as failed:
+        engine.run({"x": batch})
+    assert failed.value.code == code
 
 
 def test_an_operator_that_is_not_there_is_named_with_its_node(

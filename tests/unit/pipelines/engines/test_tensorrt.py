@@ -13,12 +13,12 @@ import pytest
 from infra.settings import TensorRTSettings
 from pipelines.engines import tensorrt
 from pipelines.engines.backends import Backends
-from pipelines.engines.engine import DeviceOutOfMemory, Profile
+from pipelines.engines.engine import DEVICE_FAILED, DeviceOutOfMemory, Profile
 from pipelines.engines.machine_cache import MachineCache
 from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
 from pipelines.engines.tensorrt_library import import_library
 from pipelines.engines.tensorrt_load import Validity
-from schemas.errors import InvalidModel, PipelineError
+from schemas.errors import InvalidModel, PipelineError, Transient
 from tests.unit.pipelines.engines.tensorrt_fake import (
     H100,
     L4,
@@ -110,6 +110,23 @@ def test_a_build_that_fails_says_why(
     assert says in failed.value.message
     assert "model.onnx" in failed.value.message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_builder_that_does_not_start_is_the_machines_fault(trt: Any, tmp_path: Path) -> None:
+    trt.gpu.broken, trt.gpu.says = {"start"}, "CUDA initialization failure with error: 35"
+    with pytest.raises(PipelineError, match="failure with error: 35") as failed:
+        TensorRT().compile(MODEL, Profile((1,)), tmp_path)
+    assert (type(failed.value), failed.value.code) == (PipelineError, "device_missing")
+
+
+def test_a_device_that_failed_while_building_is_not_the_models_fault(
+    trt: Any, tmp_path: Path
+) -> None:
+    trt.gpu.broken, trt.gpu.says = {"build_serialized_network"}, "no implementation for node /conv"
+    trt.gpu.cuda.lost = True
+    with pytest.raises(Transient) as failed:
+        TensorRT().compile(MODEL, Profile((1,)), tmp_path)
+    assert failed.value.code == DEVICE_FAILED
 
 
 # ── times of kernels ────────────────────────────────────────────────────────────────────────────

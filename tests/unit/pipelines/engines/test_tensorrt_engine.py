@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from pipelines.engines import tensorrt_load
-from pipelines.engines.engine import DeviceOutOfMemory
+from pipelines.engines.engine import DEVICE_FAILED, DeviceOutOfMemory
 from pipelines.engines.machine_cache import MachineCache
 from pipelines.engines.tensorrt_engine import TensorRTEngine
 from pipelines.engines.tensorrt_library import Library, _logger
 from pipelines.engines.tensorrt_load import Validity, validity_of
 from pipelines.model import LoadedModel
 from schemas.batches import Batch, BatchItem
-from schemas.errors import InferenceFailed, InvalidModel, Transient
+from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
 from schemas.payloads import Payload
 from tests.unit.pipelines.engines.tensorrt_fake import (
     L4,
@@ -103,7 +103,9 @@ def test_a_load_runs_each_bucket_once_before_it_captures_it(load: Load, cuda: Fa
     load(slots=1)
     context = ["allocate", "allocate"]  # x and y
     run = ["copy_in", "execute", "copy_out"]
-    one = ["wait", *context, *run, "wait", "begin_capture", *run, "end_capture"]
+    captured = ["begin_capture", *run, "end_capture"]
+    replayed = ["launch", "wait"]  # the first launch of a graph sends it to the device
+    one = ["wait", *context, *run, "wait", *captured, *replayed]
     assert cuda.calls == ["allocate", *one, *one, *one]
 
 
@@ -191,6 +193,33 @@ def test_a_slot_is_free_again_after_a_run_that_failed(load: Load, cuda: FakeCuda
         assert failed.value.code == "engine_failed"
     trt.gpu.broken = set()
     assert engine.run({"x": batch(1)})["y"].shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"), [("deserialize_cuda_engine", "a kernel is missing"), ("execute_async_v3", "")]
+)
+def test_what_the_device_did_is_not_blamed_on_the_batch_or_the_plan(
+    load: Load, cuda: FakeCuda, call: str, says: str
+) -> None:
+    """After an illegal access every call fails, the library's too, and says less of it than CUDA."""
+    trt = fake_tensorrt(cuda)
+    cuda.uncapturable = True
+    engine = load(trt=trt)
+    trt.gpu.broken, trt.gpu.says, cuda.lost = {call}, says, True
+    with pytest.raises(Transient, match="CUDA_ERROR_ILLEGAL_ADDRESS") as failed:
+        engine.run({"x": batch(1)}) if call == "execute_async_v3" else load(trt=trt)
+    assert failed.value.code == DEVICE_FAILED
+
+
+def test_an_engine_on_a_device_that_failed_is_closed_with_its_lease(
+    load: Load, cuda: FakeCuda
+) -> None:
+    engine, ended = load(slots=3), []
+    engine.after_close(lambda: ended.append(1))
+    cuda.lost = True
+    engine.close()
+    assert ended == [1]
+    assert not cuda.graphs, "what can be freed is freed, of every slot"
 
 
 def test_closing_frees_all_that_was_made_and_contexts_before_their_memory(
@@ -299,6 +328,56 @@ def test_a_first_axis_that_is_no_batch_is_left_alone(load: Load, cuda: FakeCuda)
         assert np.array_equal(engine.run({"x": x})["y"], x[0])
 
 
+def test_an_output_whose_first_axis_is_not_the_batch_is_refused(load: Load, cuda: FakeCuda) -> None:
+    """It would be cut to the batch's rows, and the rest of the answers lost."""
+    trt = fake_tensorrt(cuda, lambda x: {"y": x.reshape(-1)})
+    with pytest.raises(InvalidModel, match=r"'y' .* got \[32\]") as refused:
+        load(plan_of(X, {"y": ("FLOAT", [-1])}, profiles(1, 2, 8), [0] * 3), trt=trt)
+    assert refused.value.code == "dynamic_shape"
+    assert cuda.holds_nothing
+
+
+def test_an_output_for_the_whole_batch_is_given_as_it_is(load: Load, cuda: FakeCuda) -> None:
+    outputs = Y | {"scale": ("FLOAT", [])}
+    trt = fake_tensorrt(cuda, lambda x: {"y": 2 * x, "scale": np.array(7, np.float32)})
+    engine = load(plan_of(X, outputs, profiles(1, 2, 8), [0] * 3), trt=trt)
+    for rows in (1, 8, 19):
+        answer = engine.run({"x": batch(rows)})
+        assert answer["y"].shape == (rows, 4)
+        assert (answer["scale"].shape, answer["scale"]) == ((), 7)
+
+
+def test_an_input_without_a_batch_is_beside_one_that_has_it(load: Load, cuda: FakeCuda) -> None:
+    inputs = X | {"table": ("FLOAT", [3, 4]), "by": ("FLOAT", [])}
+    trt = fake_tensorrt(cuda, lambda x, table, by: {"y": x * by + table[0]})
+    engine = load(plan_of(inputs, Y, profiles(1, 2, 8), [0] * 3), trt=trt)
+    assert cuda.graphs
+    table = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4))
+    for rows in (2, 19):
+        x = batch(rows)
+        y = engine.run({"x": x, "table": table, "by": np.array(3, np.float32)})["y"]
+        assert np.array_equal(y, x * 3 + table[0])
+
+
+def test_inputs_of_any_layout_are_taken(load: Load) -> None:
+    engine = load()
+    wide = np.random.default_rng(0).standard_normal((38, 8), dtype=np.float32)
+    for x in (wide[::-2, ::2], np.asfortranarray(batch(8)), np.broadcast_to(batch(1), (5, 4))):
+        assert np.array_equal(engine.run({"x": x})["y"], 2 * x)
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_tensors_in_the_memory_of_the_host_are_refused(
+    load: Load, cuda: FakeCuda, name: str
+) -> None:
+    """The library would take the address on the device for one on the host."""
+    trt = fake_tensorrt(cuda)
+    trt.gpu.on_host = (name,)
+    with pytest.raises(InvalidModel, match=f"{name!r} .*host") as refused:
+        load(trt=trt)
+    assert refused.value.code == "dynamic_shape"
+
+
 def test_an_empty_plan_is_refused(load: Load) -> None:
     with pytest.raises(InvalidModel, match="empty") as refused:
         load(b"")
@@ -333,6 +412,33 @@ def test_a_device_without_room_for_one_slot_may_be_tried_again_and_nothing_stays
     with pytest.raises(DeviceOutOfMemory, match="fewer slots"):
         load()
     assert cuda.holds_nothing
+
+
+def test_a_later_slot_that_fails_takes_the_first_with_it(load: Load, cuda: FakeCuda) -> None:
+    trt = fake_tensorrt(cuda)
+    trt.gpu.most_contexts, trt.gpu.says = 4, "something else than memory"
+    with pytest.raises(InvalidModel, match="something else"):
+        load(trt=trt, slots=2)
+    assert cuda.holds_nothing
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "Error Code 2: OutOfMemory (Requested size was 8 bytes.)",
+        "Error Code 1: Cuda Runtime (out of memory)",
+        "cuModuleLoadData: CUDA_ERROR_OUT_OF_MEMORY",
+        "cudaErrorMemoryAllocation",
+        "Error Code 1: Cublas (CUBLAS_STATUS_ALLOC_FAILED)",
+    ],
+)
+def test_memory_that_ends_is_known_by_each_of_its_names(
+    load: Load, cuda: FakeCuda, says: str
+) -> None:
+    trt = fake_tensorrt(cuda)
+    trt.gpu.broken, trt.gpu.says = {"create_execution_context"}, says
+    with pytest.raises(DeviceOutOfMemory):
+        load(trt=trt)
 
 
 def test_with_room_for_fewer_slots_there_are_fewer(load: Load, cuda: FakeCuda) -> None:
@@ -400,7 +506,9 @@ def test_a_plan_too_large_for_the_device_may_be_tried_again(load: Load, cuda: Fa
 # ── plans ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("call", ["deserialize_cuda_engine", "create_execution_context"])
+@pytest.mark.parametrize(
+    "call", ["deserialize_cuda_engine", "create_execution_context", "set_tensor_address"]
+)
 def test_a_plan_that_the_library_refuses_says_why(load: Load, cuda: FakeCuda, call: str) -> None:
     trt = fake_tensorrt(cuda)
     trt.gpu.broken, trt.gpu.says = {call}, "Version tag does not match"
@@ -408,6 +516,14 @@ def test_a_plan_that_the_library_refuses_says_why(load: Load, cuda: FakeCuda, ca
         load(trt=trt)
     assert refused.value.code == "engine_unusable"
     assert cuda.holds_nothing
+
+
+def test_a_library_that_does_not_start_is_the_machines_fault(load: Load, cuda: FakeCuda) -> None:
+    trt = fake_tensorrt(cuda)
+    trt.gpu.broken, trt.gpu.says = {"start"}, "CUDA initialization failure with error: 35"
+    with pytest.raises(PipelineError, match="failure with error: 35") as failed:
+        load(trt=trt)
+    assert (type(failed.value), failed.value.code) == (PipelineError, "device_missing")
 
 
 def test_a_plan_for_another_gpu_is_refused_before_it_is_loaded(load: Load, cuda: FakeCuda) -> None:
@@ -456,7 +572,7 @@ def test_scratch_memory_is_given_and_kernels_are_final_where_a_graph_keeps_them(
         for config in trt.gpu.configs:
             assert config.allocation is ExecutionContextAllocationStrategy.USER_MANAGED
             expected = DynamicShapesKernelSpecializationStrategy[strategy]
-            assert config.dynamic_shapes_kernel_specialization_strategy is expected
+            assert config.strategy is expected
 
 
 def test_kernels_that_were_compiled_once_are_there_at_the_next_load(
