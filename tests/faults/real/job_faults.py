@@ -200,9 +200,11 @@ def clocks_apart(run: Run) -> None:
     """What one dispatcher puts off to a time, the other one may have to let go on."""
     names = ["dispatcher-0", "dispatcher-1"]
     files = {name: run.stack.folder / f"clock-{name}" for name in names}
-    for offset, (name, file) in zip((600, -600), files.items(), strict=True):
-        file.write_text(str(offset))
+    for name, file in files.items():
+        file.write_text("0")  # a process whose clock is off does not start
         _start_skewed(run, name, file)
+    for offset, file in zip((600, -600), files.values(), strict=True):
+        file.write_text(str(offset))
     with run.load(rate=100, sleep_s=0.02) as load:
         for _ in range(run.scale.repeats):
             pid, at = run.stack.keeper.signal("worker-0", signal.SIGKILL), time.monotonic()
