@@ -68,7 +68,8 @@ def links_silent(run: Run) -> None:
     links = list(LINKS)
     if run.scale.seconds < 60:
         links = run.chance.sample(links, 2)
-    with run.load(large=0.02, rate=100):  # of a quarter of an hour: they have to fit the object store
+    # Of a quarter of an hour: the large ones have to fit the object store.
+    with run.load(large=0.02, rate=100):
         for mode in modes[: run.scale.repeats]:
             for link in links:
                 proxy = run.servers.links[link]
