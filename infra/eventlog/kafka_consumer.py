@@ -26,7 +26,7 @@ from infra.eventlog.kafka_records import decode, encode
 from infra.eventlog.tracker import Tracker
 from schemas.errors import Transient
 
-FETCH_BYTES = 256 * 1024
+FETCH_BYTES = 64 * 1024
 """Of one partition at a time: with many partitions, what was fetched ahead must stay small."""
 
 EVERYTHING = 2**31
