@@ -36,6 +36,9 @@ FETCH_ALL_BYTES = 8 * 1024 * 1024
 FETCH_WAIT_MS = 50
 """A broker answers one fetch at a time, and a partition that was not in it has to wait for its end."""
 
+PAUSE_LEAST_S, PAUSE_MOST_S = 0.001, 0.02
+"""Between two looks at what has come, twice as long each time."""
+
 HEARTBEAT_S = 1.0
 STALLED_S = 60.0
 """A member that does not come back for so long is dealt out of the group."""
@@ -88,13 +91,15 @@ class KafkaMember:
 
     def receive(self, max_records: int, max_bytes: int, timeout_s: float = 0) -> list[Record]:
         deadline = time.monotonic() + timeout_s
-        wait_s = 0.0 if self._ready() else timeout_s
+        pause_s = PAUSE_LEAST_S
         while True:
-            self._fetch(wait_s)
+            self._fetch()
             records = self._give(max_records, max_bytes)
-            wait_s = deadline - time.monotonic()
-            if records or wait_s <= 0:
+            left_s = deadline - time.monotonic()
+            if records or left_s <= 0:
                 return records
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, PAUSE_MOST_S)
 
     def complete(self, positions: Iterable[Position], outputs: Sequence[NewRecord] = ()) -> None:
         positions = list(positions)
@@ -164,14 +169,12 @@ class KafkaMember:
 
     # ── giving ───────────────────────────────────────────────────────────────────────────────────
 
-    def _ready(self) -> list[Partition]:
-        return [partition for partition in self._owned.values() if partition.ready]
-
     def _give(self, max_records: int, max_bytes: int) -> list[Record]:
         """Hand out what waits, partitions in turns. The first record may be larger than max_bytes."""
         records: list[Record] = []
         room_bytes = max_bytes
-        queue = sorted(self._ready(), key=lambda partition: partition.turn, reverse=True)
+        ready = [partition for partition in self._owned.values() if partition.ready]
+        queue = sorted(ready, key=lambda partition: partition.turn, reverse=True)
         while queue and len(records) < max_records:
             partition = queue.pop()
             size = len(partition.waiting[0].value)
@@ -185,15 +188,14 @@ class KafkaMember:
                 queue.insert(0, partition)
         return records
 
-    def _fetch(self, timeout_s: float) -> None:
-        """Get more from the cluster, and do what the group asks for."""
+    def _fetch(self) -> None:
+        """Take what has come from the cluster, and do what the group asks for."""
         self._raise_if_fenced()
         with kafka_trouble():
             self._join()
             self._hold_back()
-            found = self._consumer.poll(
-                timeout_ms=int(max(0.0, timeout_s) * 1000), max_records=EVERYTHING
-            )
+            # Without a timeout: while it waits, the client would answer a new deal by itself. See `_join`.
+            found = self._consumer.poll(timeout_ms=0, max_records=EVERYTHING)
             taken = self._follow()
         for name, batch in found.items():
             partition = self._owned.get(name)
