@@ -5,6 +5,9 @@ Every message says what was expected, what came, and what to do.
 
 from __future__ import annotations
 
+DEVICE_FAILED = "device_failed"
+"""Code of a Transient: whatever this process tries on the device fails from now on, another process may succeed."""
+
 
 class PipelineError(Exception):
     """Base of every error that headrace raises on purpose; anything else is a bug.

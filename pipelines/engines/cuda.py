@@ -20,8 +20,8 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from pipelines.engines.cuda_graph import Graphs
-from pipelines.engines.engine import DEVICE_FAILED, Array, DeviceOutOfMemory
-from schemas.errors import PipelineError, Transient
+from pipelines.engines.engine import Array, DeviceOutOfMemory
+from schemas.errors import DEVICE_FAILED, PipelineError, Transient
 
 Bytes = NDArray[np.uint8]
 

@@ -25,9 +25,6 @@ Arrays = Mapping[str, Array]
 OnStep = Callable[[str], None]
 """Called with the name of a step of loading as it ends."""
 
-DEVICE_FAILED = "device_failed"
-"""Code of a Transient: whatever this process tries on the device fails from now on, another process may succeed."""
-
 
 def unheard(_step: str) -> None:
     """Where nobody wants to know of the steps."""

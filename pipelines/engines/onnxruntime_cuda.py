@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from infra.logs import get_logger
-from pipelines.engines.engine import DEVICE_FAILED, Array, Arrays, Engine, Profile
+from pipelines.engines.engine import Array, Arrays, Engine, Profile
 from pipelines.engines.onnxruntime import (
     CPU,
     MODEL_FILE,
@@ -25,7 +25,7 @@ from pipelines.engines.onnxruntime import (
     open_session,
     session_options,
 )
-from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
+from schemas.errors import DEVICE_FAILED, InferenceFailed, InvalidModel, PipelineError, Transient
 
 CUDA = "CUDAExecutionProvider"
 CUDA_OPTIONS = {

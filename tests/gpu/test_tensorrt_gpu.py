@@ -282,7 +282,7 @@ FAIL = """if True:
     from pathlib import Path
     import numpy as np
     from pipelines.engines.cuda import open_cuda
-    from pipelines.engines.engine import DEVICE_FAILED
+    from schemas.errors import DEVICE_FAILED
     from pipelines.engines.tensorrt import TensorRT
     from pipelines.engines.tensorrt_context import BucketContext
     from schemas.errors import Transient

@@ -27,7 +27,7 @@ class Engines:
         """
         bundle = Bundle.open(self._catalogue.folder(card), check_graphs=False)
         cached = [see_built(engine, self._cache) for engine in engines_of(bundle)]
-        for fault in filter(None, (one.store_fault for one in cached)):
+        if fault := next(filter(None, (one.store_fault for one in cached)), None):
             raise StoreUnavailable(
                 "engine_store_unavailable",
                 f"Expected to share the engines of {card.name}/{card.version} through the object store,"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from infra.logs import get_logger
 from schemas.batches import DEADLINE_PASSED, Completion, ItemOutcome
-from schemas.errors import InferenceFailed, PipelineError
+from schemas.errors import DEVICE_FAILED, InferenceFailed, PipelineError
 from workers.dispatcher.batching import Batcher
 from workers.dispatcher.breaker import Breaker, CircuitKey, circuit_of
 from workers.dispatcher.leases import Lease, Leases
@@ -27,9 +27,6 @@ BLAMELESS = frozenset(
     }
 )
 """No fault of the job, and nothing that attempts would mend: it waits until its deadline, and is not charged."""
-
-DEVICE_FAILED = "device_failed"
-"""As with a worker that died, it may be one job's doing, so that each of the batch goes alone from then on."""
 
 logger = get_logger("dispatcher")
 
@@ -114,6 +111,7 @@ class Settlement:
             self._outcomes.answer(job.job, job.at, item, worker, now)
         else:
             error = PipelineError(item.code, item.message or item.code)
+            # As with a worker that died, it may be one job's doing: each of the batch goes alone from then on.
             suspect = item.code == DEVICE_FAILED
             self._failed(job, error, now, passing=item.retry, suspect=suspect, invalid=item.invalid)
 

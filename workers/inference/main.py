@@ -25,10 +25,9 @@ from infra.settings import Settings, load_settings
 from infra.tasks import make_app
 from pipelines.bundle import Bundle
 from pipelines.engines import open_cache
-from pipelines.engines.engine import DEVICE_FAILED
 from pipelines.load import load_model
 from pipelines.model import LoadedModel
-from schemas.errors import InvalidJob, PipelineError, Transient
+from schemas.errors import DEVICE_FAILED, InvalidJob, PipelineError, Transient
 from schemas.models import ModelCard
 from workers.inference.hand import Hand
 from workers.inference.hearing import Hearing

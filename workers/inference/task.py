@@ -9,9 +9,8 @@ from celery import Celery
 
 from infra.fleet import Fleet, SlotToken
 from infra.logs import get_logger
-from pipelines.engines.engine import DEVICE_FAILED
 from schemas.batches import RUN_BATCH, Batch, Completion, ItemOutcome
-from schemas.errors import Transient
+from schemas.errors import DEVICE_FAILED, Transient
 from workers.inference.gate import Gate
 from workers.inference.hand import Hand, Held
 from workers.inference.residency import Residency

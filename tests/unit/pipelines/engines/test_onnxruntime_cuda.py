@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipelines.engines import EngineCache, load_engine
-from pipelines.engines.engine import DEVICE_FAILED, DeviceOutOfMemory, Profile
+from pipelines.engines.engine import DeviceOutOfMemory, Profile
 from pipelines.engines.onnxruntime import MODEL_FILE, OnnxRuntime, open_unchanged
 from pipelines.engines.onnxruntime_cuda import CUDA, OnnxRuntimeCuda
-from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
+from schemas.errors import DEVICE_FAILED, InferenceFailed, InvalidModel, PipelineError, Transient
 from schemas.models import EngineConfig
 
 MakeModel = Callable[..., Path]

@@ -13,12 +13,12 @@ import pytest
 from infra.settings import TensorRTSettings
 from pipelines.engines import tensorrt
 from pipelines.engines.backends import Backends
-from pipelines.engines.engine import DEVICE_FAILED, DeviceOutOfMemory, Profile
+from pipelines.engines.engine import DeviceOutOfMemory, Profile
 from pipelines.engines.machine_cache import MachineCache
 from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
 from pipelines.engines.tensorrt_library import import_library
 from pipelines.engines.tensorrt_load import Validity
-from schemas.errors import InvalidModel, PipelineError, Transient
+from schemas.errors import DEVICE_FAILED, InvalidModel, PipelineError, Transient
 from tests.unit.pipelines.engines.tensorrt_fake import (
     H100,
     L4,

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from pipelines.engines import tensorrt_load
-from pipelines.engines.engine import DEVICE_FAILED, DeviceOutOfMemory
+from pipelines.engines.engine import DeviceOutOfMemory
 from pipelines.engines.machine_cache import MachineCache
 from pipelines.engines.tensorrt_engine import TensorRTEngine
 from pipelines.engines.tensorrt_library import Library, _logger
 from pipelines.engines.tensorrt_load import Validity, validity_of
 from pipelines.model import LoadedModel
 from schemas.batches import Batch, BatchItem
-from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
+from schemas.errors import DEVICE_FAILED, InferenceFailed, InvalidModel, PipelineError, Transient
 from schemas.payloads import Payload
 from tests.unit.pipelines.engines.tensorrt_fake import (
     L4,

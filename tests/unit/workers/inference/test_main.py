@@ -13,9 +13,8 @@ import pytest
 
 from infra.settings import load_settings
 from pipelines.bundle import Bundle
-from pipelines.engines.engine import DEVICE_FAILED
 from pipelines.load import load_model
-from schemas.errors import InvalidJob, InvalidModel, Transient
+from schemas.errors import DEVICE_FAILED, InvalidJob, InvalidModel, Transient
 from workers.inference import main as worker_main
 from workers.inference import start
 from workers.inference.hearing import DEAF_S, Hearing

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.engines.engine import DEVICE_FAILED
 from schemas.batches import BatchItem, ItemOutcome
-from schemas.errors import Transient
+from schemas.errors import DEVICE_FAILED, Transient
 from schemas.payloads import RESULT_INLINE_LIMIT_BYTES
 from workers.inference.stages import Stages
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from infra.fleet import SlotToken
-from pipelines.engines.engine import DEVICE_FAILED, DeviceOutOfMemory
+from pipelines.engines.engine import DeviceOutOfMemory
 from schemas.batches import RUN_BATCH, Batch, BatchItem, ItemOutcome
-from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
+from schemas.errors import DEVICE_FAILED, InferenceFailed, InvalidModel, PipelineError, Transient
 from workers.inference.hand import Hand
 from workers.inference.stages import failed
 from workers.inference.task import REPORT_TRIES, BatchRunner
