@@ -19,8 +19,7 @@ logger = get_logger("process")
 
 
 def serve(name: str, run: Callable[[Settings, threading.Event], int]) -> int:
-    """Run until SIGTERM or SIGINT sets the event; returns the exit code. An error that has a code is logged,
-    not raised."""
+    """Run until SIGTERM or SIGINT sets the event; returns the exit code (see exit_code)."""
     settings = load_settings()
     configure_logs(name, settings.log_level)
     stop = threading.Event()
@@ -30,8 +29,13 @@ def serve(name: str, run: Callable[[Settings, threading.Event], int]) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    return exit_code(lambda: run(settings, stop))
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """Of a process. An error that has a code is logged, not raised."""
     try:
-        return run(settings, stop)
+        return run()
     except PipelineError as error:
         logger.error("failed", code=error.code, error=error.message)
         return EXIT_FAILED

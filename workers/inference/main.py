@@ -1,4 +1,4 @@
-"""The inference worker process: load and warm, then ask for work; on SIGTERM drain, then close."""
+"""The inference worker process: warm up, then ask for work; on SIGTERM drain, then close."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -23,25 +22,18 @@ from infra.objects import connect_objects
 from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import make_app
-from pipelines.bundle import Bundle
 from pipelines.engines import open_cache
-from pipelines.load import load_model
-from pipelines.model import LoadedModel
-from schemas.errors import DEVICE_FAILED, InvalidJob, PipelineError, Transient
-from schemas.models import ModelCard
+from schemas.errors import Transient
 from workers.inference.hand import Hand
 from workers.inference.hearing import Hearing
-from workers.inference.residency import Residency
+from workers.inference.models import Models
 from workers.inference.stages import Stages
 from workers.inference.start import Steps
 from workers.inference.task import BatchRunner
 from workers.inference.watchdog import Watchdog
-from workers.process import EXIT_FAILED
+from workers.process import EXIT_FAILED, exit_code
 
 BEAT_EVERY_S = 1.0
-LOOK_EVERY_S = 5.0
-"""How often to look for newer versions of what is loaded."""
-
 NO_LEASE_S = 10.0
 JOIN_S = 5.0
 
@@ -54,11 +46,7 @@ def main() -> int:
     configure_logs(settings.worker.name, settings.log_level)
     start = Steps(age_s=age_s(os.getpid()))
     start.ended("imports")
-    try:
-        return Worker(settings, start).run()
-    except PipelineError as error:
-        logger.error("failed", code=error.code, error=error.message)
-        return EXIT_FAILED
+    return exit_code(lambda: Worker(settings, start).run())
 
 
 class Worker:
@@ -69,15 +57,18 @@ class Worker:
         self.settings = settings
         self.fleet = Fleet(connect_redis(settings))
         self.objects = connect_objects(settings)
-        self.catalogue = Catalogue(self.objects)
-        self.cache = open_cache(settings, self.objects)
         executors = options.executors or available_cpus()
         self.hand = Hand(options.name, options.slots)
-        self.residency = Residency(self.load, options.memory_bytes)
+        self.models = Models(
+            options,
+            Catalogue(self.objects),
+            open_cache(settings, self.objects),
+            self.on_device_failed,
+        )
         self.runner = BatchRunner(
             self.fleet,
             self.hand,
-            self.residency,
+            self.models.resident,
             Stages(self.objects, executors),
             self.on_device_failed,
         )
@@ -91,14 +82,12 @@ class Worker:
         self.exit_code = 0
         self._stopped = threading.Event()
         self._beating = threading.Thread(target=self.beat_forever, name="beat", daemon=True)
-        self._unloadable: set[str] = set()
-        self._not_loaded: set[str] = set()
         start.ended("connect")
 
     def run(self) -> int:
         """Warm up, then serve until SIGTERM. Returns the exit code. Raises Transient("device_failed")."""
         serve_health(self.settings, self.health)
-        self.warm_up()
+        self.models.warm_up(self.start)
         app = make_app(self.settings)
         self.runner.register(app)
         signals.worker_ready.connect(self.on_ready, weak=False)
@@ -118,100 +107,27 @@ class Worker:
         self.close()
         return self.exit_code
 
-    def load(self, name: str, version: int) -> LoadedModel:
-        """Fetch, load and warm one version. Raises PipelineError."""
-        steps = Steps(f"{name}/{version}")
-        folder = self.catalogue.folder(self.catalogue.resolve(name, version))
-        bundle = Bundle.open(folder, check_graphs=False)
-        steps.ended("fetch")
-        model = load_model(
-            bundle,
-            self.cache,
-            budget_bytes=self.settings.worker.memory_bytes,
-            may_build=False,
-            on_step=steps.ended,
-        )
-        try:
-            model.warm(steps.ended)
-        except BaseException:
-            model.close()
-            raise
-        logger.info(
-            "model_loaded",
-            model=steps.model,
-            seconds=steps.total_s,
-            steps=list(steps.seconds.items()),
-            memory_bytes=model.memory_bytes,
-        )
-        if not self.cold_start_s:
-            self.start.include(steps)
-        return model
-
-    def warm_up(self) -> None:
-        """Load the models named in the settings, or the newest version of each that the budget has room for.
-
-        Raises Transient("device_failed"), and if the catalogue cannot be read.
-        """
-        names = self.settings.worker.models or sorted({c.name for c in self.catalogue.cards()})
-        self.start.ended("catalogue")
-        for name in names:
-            held = self.residency.names()
-            try:
-                card = self.catalogue.resolve(name, None)
-                with self.residency.use(card.name, card.version):
-                    pass
-            except PipelineError as error:
-                if error.code == DEVICE_FAILED:
-                    raise
-                logger.error("model_not_loaded", model=name, code=error.code, error=error.message)
-                self.start.ended(f"{name} not loaded")
-                if isinstance(error, Transient):
-                    self._not_loaded.add(name)
-            if not set(held) <= set(self.residency.names()):
-                break  # it had to make room: the budget is used up
-
-    def keep_current_forever(self) -> None:
-        while not self._stopped.wait(LOOK_EVERY_S):
-            self.keep_current()
-
-    def keep_current(self) -> None:
-        """Load newer versions of what is loaded beside it, and what was not to be had at the start, so that jobs
-        for them find them warm. One that does not load is left to the jobs that want it."""
-        held = self.residency.names()
-        for name in sorted({model.partition("/")[0] for model in held} | self._not_loaded):
-            with suppress(InvalidJob, Transient):  # removed, or not to be had now
-                card = self.catalogue.resolve(name, None)
-                if f"{name}/{card.version}" not in {*held, *self._unloadable}:
-                    self._load_beside(card)
-                self._not_loaded.discard(name)
-
-    def _load_beside(self, card: ModelCard) -> None:
-        model = f"{card.name}/{card.version}"
-        try:
-            with self.residency.use(card.name, card.version):
-                logger.info("version_ready", model=model)
-        except Transient as error:
-            if error.code == DEVICE_FAILED:
-                self.on_device_failed()
-            raise
-        except PipelineError as error:
-            self._unloadable.add(model)
-            logger.error("model_not_loaded", model=model, code=error.code, error=error.message)
-
     def on_ready(self, **_: Any) -> None:
         """Celery listens: clear away what an earlier life offered, then ask for work."""
         self.start.ended("listen")
         self.cold_start_s = self.start.total_s
         self.health.ready = True
         self._beating.start()
-        threading.Thread(target=self.keep_current_forever, name="versions", daemon=True).start()
+        threading.Thread(
+            target=self.models.keep_current_until,
+            args=(self._stopped,),
+            name="versions",
+            daemon=True,
+        ).start()
         logger.info(
             "ready",
             ready_s=self.cold_start_s,
             steps=list(self.start.seconds.items()),
-            models=self.residency.names(),
+            models=self.models.resident.names(),
         )
-        announce_ready(self.settings, self.settings.worker.name, models=self.residency.names())
+        announce_ready(
+            self.settings, self.settings.worker.name, models=self.models.resident.names()
+        )
 
     def on_device_failed(self) -> None:
         """A process that lost its GPU does not get it back: drain and end, for the supervisor to start another."""
@@ -290,7 +206,7 @@ class Worker:
             draining=self.hand.closed,
             slots=self.hand.capacity,
             batches=[held.batch.id for held in self.hand.held()],
-            engines=self.residency.names(),
+            engines=self.models.resident.names(),
             memory_bytes=psutil.Process().memory_info().rss,
             jobs_done=self.runner.jobs_done,
             start=self.start.seconds,
@@ -302,7 +218,7 @@ class Worker:
         if self._beating.is_alive():
             self._beating.join(JOIN_S)  # or its last beat would sign on again
         if not self.exit_code:  # a device that failed may not even answer
-            self.residency.close()
+            self.models.resident.close()
         try:
             self.fleet.sign_off(self.hand.worker)
         except Transient as error:

@@ -1,0 +1,127 @@
+"""A worker's models: warmed up at its start, kept current beside the jobs, loaded when a job wants one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from infra.catalogue import Catalogue
+from infra.logs import get_logger
+from infra.settings import WorkerSettings
+from pipelines.bundle import Bundle
+from pipelines.engines import EngineCache
+from pipelines.load import load_model
+from pipelines.model import LoadedModel
+from schemas.errors import DEVICE_FAILED, InvalidJob, PipelineError, Transient
+from schemas.models import ModelCard
+from workers.inference.residency import Residency
+from workers.inference.start import Steps
+
+LOOK_EVERY_S = 5.0
+"""How often to look for newer versions of what is loaded."""
+
+logger = get_logger("worker.models")
+
+
+class Models:
+    """resident: what is loaded now, and how jobs come by it. on_device_failed: called when a load that no job
+    asked for finds the device gone."""
+
+    def __init__(
+        self,
+        options: WorkerSettings,
+        catalogue: Catalogue,
+        cache: EngineCache,
+        on_device_failed: Callable[[], None],
+    ) -> None:
+        self._options = options
+        self._catalogue = catalogue
+        self._cache = cache
+        self._on_device_failed = on_device_failed
+        self._start: Steps | None = None
+        self._unloadable: set[str] = set()
+        self._not_loaded: set[str] = set()
+        self.resident = Residency(self._load, options.memory_bytes)
+
+    def warm_up(self, start: Steps) -> None:
+        """Load the models named in the settings, or the newest version of each that the budget has room for.
+
+        start: gets the steps of each. Raises Transient("device_failed"), and if the catalogue cannot be read.
+        """
+        self._start = start
+        names = self._options.models or sorted({c.name for c in self._catalogue.cards()})
+        start.ended("catalogue")
+        for name in names:
+            held = self.resident.names()
+            try:
+                card = self._catalogue.resolve(name, None)
+                with self.resident.use(card.name, card.version):
+                    pass
+            except PipelineError as error:
+                if error.code == DEVICE_FAILED:
+                    raise
+                logger.error("model_not_loaded", model=name, code=error.code, error=error.message)
+                start.ended(f"{name} not loaded")
+                if isinstance(error, Transient):
+                    self._not_loaded.add(name)
+            if not set(held) <= set(self.resident.names()):
+                break  # it had to make room: the budget is used up
+        self._start = None
+
+    def keep_current_until(self, stop: threading.Event) -> None:
+        while not stop.wait(LOOK_EVERY_S):
+            self.keep_current()
+
+    def keep_current(self) -> None:
+        """Load newer versions of what is loaded beside it, and what was not to be had at the start, so that jobs
+        for them find them warm. One that does not load is left to the jobs that want it."""
+        held = self.resident.names()
+        for name in sorted({model.partition("/")[0] for model in held} | self._not_loaded):
+            with suppress(InvalidJob, Transient):  # removed, or not to be had now
+                card = self._catalogue.resolve(name, None)
+                if f"{name}/{card.version}" not in {*held, *self._unloadable}:
+                    self._load_beside(card)
+                self._not_loaded.discard(name)
+
+    def _load_beside(self, card: ModelCard) -> None:
+        model = f"{card.name}/{card.version}"
+        try:
+            with self.resident.use(card.name, card.version):
+                logger.info("version_ready", model=model)
+        except Transient as error:
+            if error.code == DEVICE_FAILED:
+                self._on_device_failed()
+            raise
+        except PipelineError as error:
+            self._unloadable.add(model)
+            logger.error("model_not_loaded", model=model, code=error.code, error=error.message)
+
+    def _load(self, name: str, version: int) -> LoadedModel:
+        """Fetch, load and warm one version. Raises PipelineError."""
+        steps = Steps(f"{name}/{version}")
+        folder = self._catalogue.folder(self._catalogue.resolve(name, version))
+        bundle = Bundle.open(folder, check_graphs=False)
+        steps.ended("fetch")
+        model = load_model(
+            bundle,
+            self._cache,
+            budget_bytes=self._options.memory_bytes,
+            may_build=False,
+            on_step=steps.ended,
+        )
+        try:
+            model.warm(steps.ended)
+        except BaseException:
+            model.close()
+            raise
+        logger.info(
+            "model_loaded",
+            model=steps.model,
+            seconds=steps.total_s,
+            steps=list(steps.seconds.items()),
+            memory_bytes=model.memory_bytes,
+        )
+        if self._start:
+            self._start.include(steps)
+        return model
