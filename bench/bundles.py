@@ -13,7 +13,8 @@ from infra.catalogue import Catalogue
 from infra.objects import connect_objects
 from infra.settings import Settings
 from pipelines.bundle import Bundle
-from pipelines.engines import load_engine, open_cache
+from pipelines.engines import open_engines
+from pipelines.load import load_model
 from pipelines.model import LoadedModel
 from pipelines.registry import add
 from schemas.models import BatchConfig
@@ -73,21 +74,15 @@ def install(settings: Settings, names: list[str]) -> None:
         parent = cache_folder().parent if cached else settings.data_dir
         folder = parent / "bundles" / name
         BUILD[name](folder)
-        cache = open_cache(settings, objects)
-        add(folder, objects, cache, budget_bytes=settings.worker.memory_bytes)
+        engines = open_engines(settings, objects)
+        add(folder, objects, engines, budget_bytes=settings.worker.memory_bytes)
 
 
 def load(settings: Settings, name: str) -> LoadedModel:
     """As a worker loads it: the installed files, one thread an engine, warmed up."""
     objects = connect_objects(settings)
-    catalogue, cache = Catalogue(objects), open_cache(settings, objects)
+    catalogue, engines = Catalogue(objects), open_engines(settings, objects)
     bundle = Bundle.open(catalogue.folder(catalogue.resolve(name)), check_graphs=False)
-    engines = {
-        role: load_engine(
-            bundle.path(config.file), config, bundle.config.batch.buckets, cache=cache
-        )
-        for role, config in bundle.config.engines.items()
-    }
-    model = LoadedModel(bundle, engines)
+    model = load_model(bundle, engines, budget_bytes=settings.worker.memory_bytes, may_build=False)
     model.warm()
     return model

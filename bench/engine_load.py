@@ -28,7 +28,7 @@ from bench.figures import Asked, Effort, Figure, spread
 from examples.models import efficientnet, minilm, whisper
 from examples.models.wheels import cache_folder
 from pipelines.bundle import Bundle
-from pipelines.engines import EngineCache, build_engine, load_engine
+from pipelines.engines import EngineCache, Engines
 from pipelines.engines.signing import Keyring
 from schemas.models import EngineConfig
 
@@ -202,11 +202,11 @@ def _built(
     engine: ModelEngine, buckets: tuple[int, ...], cache: EngineCache, target: str
 ) -> ModelEngine:
     args = Path(engine.model), engine.config, buckets
-    artefact = build_engine(*args, cache=cache, target=target or None)
+    artefact = Engines(cache).build(*args, target=target or None)
     artefact.release()
     if target:
         return structs.replace(engine, artefact=str(artefact.path))
-    loaded = load_engine(*args, cache=cache)
+    loaded = Engines(cache).load(*args)
     inputs = {
         spec.name: (spec.dtype.name, tuple(axis or LENGTH for axis in (spec.shape or ())[1:]))
         for spec in loaded.inputs

@@ -34,7 +34,7 @@ from bench.engine_load import BUCKETS, CONFIG, write_light
 from bench.figures import Asked, Effort, Figure, spread
 from infra.logs import configure_logs
 from infra.objects.files import FileObjects
-from pipelines.engines import EngineCache, build_engine
+from pipelines.engines import EngineCache, Engines
 from pipelines.engines.onnxruntime import OnnxRuntime
 from pipelines.engines.signing import Keyring
 from pipelines.engines.store import EngineStore
@@ -158,7 +158,7 @@ def ask(model: Path, root: Path) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
-    artefact = build_engine(model, CONFIG, BUCKETS, cache=EngineCache(root, 1 << 30))
+    artefact = Engines(EngineCache(root, 1 << 30)).build(model, CONFIG, BUCKETS)
     print(json.dumps([artefact.trace.origin, time.perf_counter() - began]))
 
 

@@ -18,7 +18,7 @@ from typing import Any  # noqa: E402
 import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 
-from pipelines.engines import Engine, EngineCache, build_engine, load_engine  # noqa: E402
+from pipelines.engines import Engine, EngineCache, Engines  # noqa: E402
 from pipelines.engines.signing import Keyring  # noqa: E402
 from schemas.models import EngineConfig  # noqa: E402
 
@@ -37,7 +37,7 @@ def main() -> None:
         del sessions
         return
     engines = [
-        load_engine(Path(e["model"]), config_of(e), request["buckets"], cache=cache)
+        Engines(cache).load(Path(e["model"]), config_of(e), request["buckets"])
         for e in request["engines"]
     ]
     told = loaded()
@@ -84,12 +84,8 @@ def obtain(request: dict[str, Any], cache: EngineCache) -> dict[str, float]:
 
     began = time.perf_counter()
     for e in request["engines"]:
-        build_engine(
-            Path(e["model"]),
-            config_of(e),
-            request["buckets"],
-            cache=cache,
-            target=request["target"],
+        Engines(cache).build(
+            Path(e["model"]), config_of(e), request["buckets"], target=request["target"]
         ).release()
     return {"load_ms": ms_since(began), "answered_at": time.monotonic()}
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from pipelines.bundle import Bundle
-from pipelines.engines import EngineCache, build_engine
+from pipelines.engines import Engines
 from pipelines.engines.order import Trace
 from pipelines.engines.reach import StoreUnavailable
 from schemas.models import EngineConfig
@@ -42,7 +42,7 @@ def engines_of(bundle: Bundle, backend: str | None = None) -> list[Wanted]:
 
 def see_built(
     engine: Wanted,
-    cache: EngineCache,
+    engines: Engines,
     *,
     target: str | None = None,
     force: bool = False,
@@ -50,14 +50,13 @@ def see_built(
 ) -> Cached:
     """Fetch or compile the engine, unless this machine has it; and copy it to the store, if that has it not.
 
-    The others, and what is raised: see build_engine.
+    The others, and what is raised: see Engines.build.
     """
     bundle = engine.bundle
-    artefact = build_engine(
+    artefact = engines.build(
         bundle.path(engine.config.file),
         engine.config,
         bundle.config.batch.buckets,
-        cache=cache,
         target=target,
         label=engine.label,
         force=force,
@@ -65,10 +64,10 @@ def see_built(
     )
     artefact.release()
     trace = artefact.trace
-    shared, fault = trace.origin == "built" and cache.store is not None, trace.store_fault
+    shared, fault = trace.origin == "built" and engines.cache.store is not None, trace.store_fault
     if trace.origin == "local":
         try:
-            shared = cache.share(trace.key)
+            shared = engines.cache.share(trace.key)
         except StoreUnavailable as error:
             fault = str(error)
     return Cached(trace, shared and fault is None, fault)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from pipelines.bundle import Bundle
-from pipelines.engines import EngineCache, load_engine
+from pipelines.engines import Engines
 from pipelines.engines.engine import Engine, OnStep, unheard
 from pipelines.model import LoadedModel
 from schemas.errors import InvalidModel
@@ -13,7 +13,7 @@ from schemas.errors import InvalidModel
 
 def load_model(
     bundle: Bundle,
-    cache: EngineCache,
+    engines: Engines,
     *,
     budget_bytes: int,
     force: bool = False,
@@ -24,27 +24,26 @@ def load_model(
 
     budget_bytes: most engine memory it may take. force: compile again what failed to a moment ago.
     may_build: if not, an engine that the cache has not is Transient("engine_not_built").
-    on_step: those of load_engine after the engine's role, then `prepare`.
+    on_step: those of Engines.load after the engine's role, then `prepare`.
     Raises InvalidModel, DeviceOutOfMemory, and Transient from the cache; then nothing stays loaded.
     """
     with ExitStack() as loaded:
-        engines: dict[str, Engine] = {}
+        by_role: dict[str, Engine] = {}
         for role, config in bundle.config.engines.items():
             buckets = bundle.config.batch.buckets
-            engine = load_engine(
+            engine = engines.load(
                 bundle.path(config.file),
                 config,
                 buckets,
-                cache=cache,
                 label=f"{bundle.config.name}/{bundle.config.version} {role}",
                 force=force,
                 may_build=may_build,
                 on_step=_of(role, on_step),
             )
             loaded.callback(engine.close)
-            engines[role] = engine
-        _check_memory(bundle, engines, budget_bytes)
-        model = LoadedModel(bundle, engines)
+            by_role[role] = engine
+        _check_memory(bundle, by_role, budget_bytes)
+        model = LoadedModel(bundle, by_role)
         on_step("prepare")
         loaded.pop_all()
     return model

@@ -16,7 +16,7 @@ import msgspec
 from infra.catalogue import Catalogue, card_key, files_folder, read_card, version_folder
 from infra.objects import ObjectExists, ObjectStore, check_key
 from pipelines.bundle import Bundle
-from pipelines.engines.cache import EngineCache
+from pipelines.engines import Engines
 from pipelines.load import load_model
 from pipelines.validate import check
 from schemas.errors import InvalidJob, InvalidModel, PipelineError
@@ -35,7 +35,7 @@ class Added(NamedTuple):
 def add(
     folder: Path,
     objects: ObjectStore,
-    cache: EngineCache,
+    engines: Engines,
     *,
     budget_bytes: int,
     on_stage: Callable[[Stage], None] = lambda stage: None,
@@ -53,7 +53,7 @@ def add(
         return Added(card, new=False)
     on_stage("build")
     # The user asks, so what failed to compile a moment ago is tried again.
-    with closing(load_model(bundle, cache, budget_bytes=budget_bytes, force=True)) as model:
+    with closing(load_model(bundle, engines, budget_bytes=budget_bytes, force=True)) as model:
         on_stage("check")
         check(model)
     on_stage("install")

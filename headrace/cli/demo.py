@@ -116,10 +116,10 @@ def _install_models(settings: Settings, recipes: _Recipes) -> None:
     missing = [name for name in recipes.bundles if name not in have]
     if not missing:
         return
-    from pipelines.engines import open_cache
+    from pipelines.engines import open_engines
     from pipelines.registry import add
 
-    cache = open_cache(settings, objects)
+    engines = open_engines(settings, objects)
     with progress_bar() as bar:
         task = bar.add_task("models", total=2 * len(missing))
         for name in missing:
@@ -128,7 +128,7 @@ def _install_models(settings: Settings, recipes: _Recipes) -> None:
             recipes.bundles[name](folder)
             bar.advance(task)
             bar.update(task, description=f"add {name}")
-            add(folder, objects, cache, budget_bytes=settings.worker.memory_bytes)
+            add(folder, objects, engines, budget_bytes=settings.worker.memory_bytes)
             bar.advance(task)
 
 

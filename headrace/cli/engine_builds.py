@@ -11,7 +11,7 @@ from headrace.cli.jobs import progress_bar
 from infra.catalogue import Catalogue
 from pipelines.build import Wanted, engines_of, see_built
 from pipelines.bundle import Bundle
-from pipelines.engines import EngineCache
+from pipelines.engines import Engines
 from pipelines.engines.build_log import shown
 from schemas.errors import InvalidJob, PipelineError
 
@@ -39,7 +39,7 @@ def wanted(models: Iterable[str], catalogue: Catalogue, backend: str | None) -> 
 
 
 def build_all(
-    engines: list[Wanted], cache: EngineCache, *, target: str | None = None, force: bool = False
+    wanted: list[Wanted], engines: Engines, *, target: str | None = None, force: bool = False
 ) -> Iterator[Built]:
     """One after the other, with a bar and the builders' log on stderr. An engine that cannot be built
     does not keep the others from it."""
@@ -47,23 +47,23 @@ def build_all(
         progress_bar() as bar,
         shown(lambda line: bar.console.print(line, markup=False, style="dim")),
     ):
-        task = bar.add_task("", total=len(engines))
-        for engine in engines:
+        task = bar.add_task("", total=len(wanted))
+        for engine in wanted:
             bar.update(task, description=f"{engine.label}: build")
             on_wait = _waiting(lambda text: bar.update(task, description=text), engine.label)
-            yield _build(engine, cache, target, force, on_wait)
+            yield _build(engine, engines, target, force, on_wait)
             bar.advance(task)
 
 
 def _build(
     engine: Wanted,
-    cache: EngineCache,
+    engines: Engines,
     target: str | None,
     force: bool,
     on_wait: Callable[[], None],
 ) -> Built:
     try:
-        cached = see_built(engine, cache, target=target, force=force, on_wait=on_wait)
+        cached = see_built(engine, engines, target=target, force=force, on_wait=on_wait)
     except PipelineError as error:
         return Built(engine=engine.label, error=f"{error.code}: {error.message}")
     trace = cached.trace

@@ -19,7 +19,7 @@ from schemas.errors import InvalidJob
 
 if TYPE_CHECKING:
     from infra.catalogue import Catalogue
-    from pipelines.engines import EngineCache
+    from pipelines.engines import EngineCache, Engines
     from pipelines.engines.inventory import EngineInfo
     from pipelines.engines.manifest import Manifest
     from pipelines.engines.store import EngineStore
@@ -237,12 +237,16 @@ def import_(
     _report_moved(moved, "taken in", json)
 
 
-def _cache(data: Path | None) -> EngineCache:
+def _engines(data: Path | None) -> Engines:
     from infra.objects import connect_objects
-    from pipelines.engines import open_cache
+    from pipelines.engines import open_engines
 
     settings = settings_for(data)
-    return open_cache(settings, connect_objects(settings))
+    return open_engines(settings, connect_objects(settings))
+
+
+def _cache(data: Path | None) -> EngineCache:
+    return _engines(data).cache
 
 
 def _catalogue(data: Path | None) -> Catalogue:
@@ -307,9 +311,9 @@ def _build(
     from headrace.cli.engine_builds import build_all, wanted
     from headrace.cli.engine_tables import outcome
 
-    engines = wanted(models, _catalogue(data), backend)
+    named = wanted(models, _catalogue(data), backend)
     failed = False
-    for built in build_all(engines, _cache(data), target=target, force=force):
+    for built in build_all(named, _engines(data), target=target, force=force):
         failed |= built.error is not None
         if json:
             print_json(built, line=True)

@@ -127,9 +127,9 @@ def _objects(settings: Settings) -> ObjectStore:
 def _add(folder: Path, objects: ObjectStore, settings: Settings) -> Added:
     from headrace.cli.jobs import progress_bar
     from pipelines import registry
-    from pipelines.engines import open_cache
+    from pipelines.engines import open_engines
 
-    cache = open_cache(settings, objects)
+    engines = open_engines(settings, objects)
     with progress_bar() as bar:
         task = bar.add_task("", total=len(STAGES))
 
@@ -140,7 +140,7 @@ def _add(folder: Path, objects: ObjectStore, settings: Settings) -> Added:
         return registry.add(
             folder,
             objects,
-            cache,
+            engines,
             budget_bytes=settings.worker.memory_bytes,
             on_stage=show_stage,
         )

@@ -36,35 +36,124 @@ __all__ = [
     "DeviceOutOfMemory",
     "Engine",
     "EngineCache",
+    "Engines",
     "Profile",
     "TensorSpec",
-    "build_engine",
-    "load_engine",
-    "open_cache",
+    "open_engines",
 ]
 
 _KEY_SCHEMA = 1
 """Raise it when artefacts of the same parts must not be used any longer."""
 
 
-_DEFAULT = Backends()
+class Engines:
+    """The engines of models on this machine. backends: those that no settings speak of, if left out."""
+
+    def __init__(self, cache: EngineCache, backends: Backends | None = None) -> None:
+        self.cache = cache
+        self._backends = backends or Backends()
+
+    def load(
+        self,
+        model: Path,
+        config: EngineConfig,
+        buckets: Sequence[int],
+        *,
+        threads: int = 1,
+        label: str = "",
+        force: bool = False,
+        may_build: bool = True,
+        on_wait: Callable[[], None] | None = None,
+        on_step: OnStep = unheard,
+    ) -> Engine:
+        """Load a model's engine, compiled first if the cache has none for this model and this machine.
+
+        buckets: batch sizes it will run, ascending. threads: that one run may use. label: names it for
+        people. force: compile again what failed to a moment ago. may_build: False where builds must not
+        run. on_wait: called when somebody else is compiling it. on_step: the steps are the backend's library
+        imported; the artefact at hand and verified, with its origin (see Trace); the engine loaded.
+        The engine belongs to the caller; its artefact is leased until it is closed.
+        Raises InvalidModel, DeviceOutOfMemory, or Transient (see EngineCache.get_or_build).
+        """
+        backend = self._backends.get(config.backend)
+        on_step("backend")
+        key_parts, build = self._recipe(backend, model, config, buckets)
+        artefact = self.cache.get_or_build(
+            key_parts,
+            build,
+            label=label or model.name,
+            force=force,
+            may_build=may_build,
+            on_wait=on_wait,
+        )
+        on_step(f"artefact ({artefact.trace.origin})")
+        try:
+            engine = backend.load(artefact.path, threads=threads)
+        except BaseException:
+            artefact.release()
+            raise
+        on_step("load")
+        engine.after_close(artefact.release)
+        return engine
+
+    def build(
+        self,
+        model: Path,
+        config: EngineConfig,
+        buckets: Sequence[int],
+        *,
+        target: str | None = None,
+        label: str = "",
+        force: bool = False,
+        on_wait: Callable[[], None] | None = None,
+    ) -> Artefact:
+        """See that the cache has a model's engine, without loading it. target: a device other than this
+        machine's, in the backend's words. The others, and what is raised: see load.
+        The caller releases the artefact."""
+        backend = self._backends.get(config.backend, target)
+        key_parts, build = self._recipe(backend, model, config, buckets)
+        return self.cache.get_or_build(
+            key_parts, build, label=label or model.name, force=force, on_wait=on_wait
+        )
+
+    def _recipe(
+        self, backend: Backend, model: Path, config: EngineConfig, buckets: Sequence[int]
+    ) -> tuple[dict[str, object], Build]:
+        """All that the artefact depends on, and what makes it. Raises InvalidModel."""
+        profile = Profile(tuple(buckets), config.shapes, config.precision)
+        lowering = Lowering(model, config)
+        notes = self.cache.root / "digests"
+        digest = model_digest(model, notes)
+
+        def build(into: Path) -> None:
+            with lowering.graph() as graph:
+                backend.compile(graph, profile, into)
+            lowering.prove(backend, into)
+            if model_digest(model, notes) != digest:
+                raise Transient(
+                    "model_changed", f"Expected {model.name} to stay as it is; load it again."
+                )
+
+        key_parts: dict[str, object] = {
+            "schema": _KEY_SCHEMA,
+            "backend": [backend.name, backend.version],
+            "model": digest,
+            "precision": lowering.key(),
+            "profile": msgspec.to_builtins(profile),
+            "fingerprint": backend.fingerprint(),
+        }
+        return key_parts, build
 
 
-class _ConfiguredCache(EngineCache):
-    """What `open_cache` gives: it comes with the backends as the settings want them."""
-
-    backends: Backends
-
-
-def open_cache(settings: Settings, objects: ObjectStore) -> EngineCache:
-    """The cache of this machine; with keys to sign with, engines are shared through the object store
-    too. Opens no connection. Raises PipelineError (settings_invalid)."""
+def open_engines(settings: Settings, objects: ObjectStore) -> Engines:
+    """Those of this machine, by the settings; with keys to sign with, they are shared through the object
+    store too. Opens no connection. Raises PipelineError (settings_invalid)."""
     from pipelines.engines.machine_cache import MachineCache
     from pipelines.engines.store import EngineStore
 
     options = settings.engines
     keyring = Keyring(options.secrets())
-    cache = _ConfiguredCache(
+    cache = EngineCache(
         options.cache_dir,
         options.cache_bytes,
         keyring=keyring,
@@ -72,104 +161,4 @@ def open_cache(settings: Settings, objects: ObjectStore) -> EngineCache:
         build_wait_s=options.build_wait_s,
         failure_memory_s=options.failure_memory_s,
     )
-    cache.backends = Backends(options.tensorrt, MachineCache(cache.root / "machine", keyring))
-    return cache
-
-
-def load_engine(
-    model: Path,
-    config: EngineConfig,
-    buckets: Sequence[int],
-    *,
-    cache: EngineCache,
-    threads: int = 1,
-    label: str = "",
-    force: bool = False,
-    may_build: bool = True,
-    on_wait: Callable[[], None] | None = None,
-    on_step: OnStep = unheard,
-) -> Engine:
-    """Load a model's engine, compiled first if the cache has none for this model and this machine.
-
-    buckets: batch sizes it will run, ascending. threads: that one run may use. label: names it for
-    people. force: compile again what failed to a moment ago. may_build: False where builds must not
-    run. on_wait: called when somebody else is compiling it. on_step: the steps are the backend's library
-    imported; the artefact at hand and verified, with its origin (see Trace); the engine loaded.
-    The engine belongs to the caller; its artefact is leased until it is closed.
-    Raises InvalidModel, DeviceOutOfMemory, or Transient (see EngineCache.get_or_build).
-    """
-    backend = _backends(cache).get(config.backend)
-    on_step("backend")
-    key_parts, build = _recipe(backend, model, config, buckets, cache)
-    artefact = cache.get_or_build(
-        key_parts,
-        build,
-        label=label or model.name,
-        force=force,
-        may_build=may_build,
-        on_wait=on_wait,
-    )
-    on_step(f"artefact ({artefact.trace.origin})")
-    try:
-        engine = backend.load(artefact.path, threads=threads)
-    except BaseException:
-        artefact.release()
-        raise
-    on_step("load")
-    engine.after_close(artefact.release)
-    return engine
-
-
-def build_engine(
-    model: Path,
-    config: EngineConfig,
-    buckets: Sequence[int],
-    *,
-    cache: EngineCache,
-    target: str | None = None,
-    label: str = "",
-    force: bool = False,
-    on_wait: Callable[[], None] | None = None,
-) -> Artefact:
-    """See that the cache has a model's engine, without loading it. target: a device other than this
-    machine's, in the backend's words. The others, and what is raised: see load_engine.
-    The caller releases the artefact."""
-    backend = _backends(cache).get(config.backend, target)
-    key_parts, build = _recipe(backend, model, config, buckets, cache)
-    return cache.get_or_build(
-        key_parts, build, label=label or model.name, force=force, on_wait=on_wait
-    )
-
-
-def _backends(cache: EngineCache) -> Backends:
-    """A cache that no settings have opened takes them as they are."""
-    return cache.backends if isinstance(cache, _ConfiguredCache) else _DEFAULT
-
-
-def _recipe(
-    backend: Backend, model: Path, config: EngineConfig, buckets: Sequence[int], cache: EngineCache
-) -> tuple[dict[str, object], Build]:
-    """All that the artefact depends on, and what makes it. Raises InvalidModel."""
-    profile = Profile(tuple(buckets), config.shapes, config.precision)
-    lowering = Lowering(model, config)
-    notes = cache.root / "digests"
-    digest = model_digest(model, notes)
-
-    def build(into: Path) -> None:
-        with lowering.graph() as graph:
-            backend.compile(graph, profile, into)
-        lowering.prove(backend, into)
-        if model_digest(model, notes) != digest:
-            raise Transient(
-                "model_changed", f"Expected {model.name} to stay as it is; load it again."
-            )
-
-    key_parts: dict[str, object] = {
-        "schema": _KEY_SCHEMA,
-        "backend": [backend.name, backend.version],
-        "model": digest,
-        "precision": lowering.key(),
-        "profile": msgspec.to_builtins(profile),
-        "fingerprint": backend.fingerprint(),
-    }
-    return key_parts, build
+    return Engines(cache, Backends(options.tensorrt, MachineCache(cache.root / "machine", keyring)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pipelines.engines.engine import Backend
@@ -23,6 +24,7 @@ class Backends:
     ) -> None:
         self._tensorrt = tensorrt
         self._machine_cache = machine_cache
+        self._making = threading.Lock()
         self._made: dict[str, Backend] = {}
 
     def get(self, name: str, target: str | None = None) -> Backend:
@@ -31,9 +33,10 @@ class Backends:
         Raises InvalidModel (unknown_backend, engine_target_unsupported) and
         PipelineError("backend_missing").
         """
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        backend = self._made[name]
+        with self._making:
+            if name not in self._made:
+                self._made[name] = self._make(name)
+            backend = self._made[name]
         return backend if target is None else _for_target(backend, target)
 
     def _make(self, name: str) -> Backend:

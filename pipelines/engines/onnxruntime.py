@@ -42,7 +42,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 _FATAL = 4  # errors come as exceptions; the library would print each a second time
 _OUT_OF_DEVICE_MEMORY = ("out of memory", "ALLOC_FAILED", "smaller than requested bytes")
-_DEVICE_FAILED = ("CUDA failure", "CUDNN failure", "CUBLAS failure")
 _DISK_FULL = ("Failed to write external initializers", "Protobuf serialization failed")
 _UNSUPPORTED = ("is not a registered function/op", "NOT_IMPLEMENTED")
 
@@ -139,8 +138,7 @@ def session_options(threads: int) -> Any:
 
 def open_session(model: Path, options: Any, providers: Sequence[object]) -> Any:
     """providers: in the order of preference, as the library takes them. Raises InvalidModel,
-    DeviceOutOfMemory, PipelineError("device_missing"), and Transient("disk_full") where the options
-    say to write."""
+    DeviceOutOfMemory, and Transient("disk_full") where the options say to write."""
     try:
         return import_onnxruntime().InferenceSession(
             str(model), options, providers=providers, enable_fallback=0
@@ -179,11 +177,6 @@ def _spec(arg: Any) -> TensorSpec:
 def _translated(error: Exception, model: Path) -> PipelineError:
     if _has_no_room(error):
         return DeviceOutOfMemory(_no_room(f"loading {model.name}", error))
-    if _says(_DEVICE_FAILED, error):
-        return PipelineError(
-            "device_missing",
-            f"Expected a GPU that ONNX Runtime can use, it says: {error}; look after its driver.",
-        )
     if _says(_DISK_FULL, error):
         return Transient(
             "disk_full",

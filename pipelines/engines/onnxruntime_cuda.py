@@ -39,7 +39,9 @@ _DEVICE_FAILED = re.compile(
     r"|(CUBLAS|CUDNN)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)"
 )
 """Errors after which every call of the process fails, such as an illegal access; cuBLAS and cuDNN do not say
-which one it was. Others are about the batch."""
+which one it was. Others are about the batch, or about a machine that has no device to work with."""
+
+_NO_DEVICE = re.compile(r"(CUDA|CUBLAS|CUDNN) failure")
 
 _log = get_logger("engines.onnxruntime")
 
@@ -51,13 +53,8 @@ class CudaEngine(OnnxRuntimeEngine):
         try:
             return super()._run(inputs)
         except InferenceFailed as error:
-            if not _DEVICE_FAILED.search(error.message):
-                raise
-            raise Transient(
-                DEVICE_FAILED,
-                f"Expected the GPU to work, {error.message} If it comes again, restart the worker and"
-                " look at the GPU with nvidia-smi.",
-            ) from error
+            _raise_if_device_failed(error)
+            raise
 
 
 class OnnxRuntimeCuda:
@@ -91,11 +88,21 @@ class OnnxRuntimeCuda:
         """threads: for the few operators that stay on the CPU.
 
         Raises PipelineError("backend_missing" or "device_missing") where the CUDA provider is not
-        there or does not start: ONNX Runtime would take the CPU instead, and not say so.
+        there or does not start: ONNX Runtime would take the CPU instead, and not say so; and
+        Transient("device_failed").
         """
         self._expect_provider()
         providers = [(CUDA, CUDA_OPTIONS), CPU]
-        session = open_session(artefact / MODEL_FILE, session_options(threads), providers)
+        try:
+            session = open_session(artefact / MODEL_FILE, session_options(threads), providers)
+        except InvalidModel as error:
+            _raise_if_device_failed(error)
+            if not _NO_DEVICE.search(error.message):
+                raise
+            raise PipelineError(
+                "device_missing",
+                f"Expected a GPU that ONNX Runtime can use, {error.message} Look after its driver.",
+            ) from error
         if CUDA not in session.get_providers():
             raise PipelineError(
                 "device_missing",
@@ -119,3 +126,13 @@ class OnnxRuntimeCuda:
             self._ort.preload_dlls()  # finds the libraries that pip installs; prints what it misses
         if said.getvalue():
             _log.warning("cuda_libraries_missing", message=said.getvalue().strip())
+
+
+def _raise_if_device_failed(error: PipelineError) -> None:
+    """Raises Transient("device_failed")."""
+    if _DEVICE_FAILED.search(error.message):
+        raise Transient(
+            DEVICE_FAILED,
+            f"Expected the GPU to work, {error.message} If it comes again, restart the worker and"
+            " look at the GPU with nvidia-smi.",
+        ) from error

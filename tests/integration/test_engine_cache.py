@@ -25,7 +25,7 @@ import json, pathlib, sys
 from infra.logs import configure_logs
 from infra.objects import connect_objects
 from infra.settings import load_settings
-from pipelines.engines import open_cache
+from pipelines.engines import open_engines
 
 def say(word):
     print(word, flush=True)
@@ -37,7 +37,7 @@ def build(into):
 
 configure_logs("machine")
 settings = load_settings()
-cache = open_cache(settings, connect_objects(settings))
+cache = open_engines(settings, connect_objects(settings)).cache
 artefact = cache.get_or_build({"model": sys.argv[1]}, build, on_wait=lambda: say("waits"))
 whole = (artefact.path / "engine.bin").read_bytes() == b"compiled" * 1_000_000
 say(json.dumps([artefact.trace.origin, whole, artefact.trace.store_fault]))

@@ -7,18 +7,18 @@ from infra.objects import ObjectStore
 from infra.settings import Settings
 from pipelines.build import engines_of, see_built
 from pipelines.bundle import Bundle
-from pipelines.engines import open_cache
+from pipelines.engines import open_engines
 from pipelines.engines.manifest import Rejected, check
 from pipelines.engines.reach import StoreUnavailable
 from schemas.models import ModelCard
 
 
-class Engines:
+class InstalledEngines:
     """Raises PipelineError (settings_invalid) if the keys to sign with are not as they should be."""
 
     def __init__(self, settings: Settings, objects: ObjectStore, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
-        self._cache = open_cache(settings, objects)
+        self._engines = open_engines(settings, objects)
 
     def see_built(self, card: ModelCard) -> list[str]:
         """See that they are here, and in the object store if they are shared. Returns their keys.
@@ -26,7 +26,7 @@ class Engines:
         Raises InvalidModel, PipelineError, and Transient from cache and store.
         """
         bundle = Bundle.open(self._catalogue.folder(card), check_graphs=False)
-        cached = [see_built(engine, self._cache) for engine in engines_of(bundle)]
+        cached = [see_built(engine, self._engines) for engine in engines_of(bundle)]
         if fault := next(filter(None, (one.store_fault for one in cached)), None):
             raise StoreUnavailable(
                 "engine_store_unavailable",
@@ -37,8 +37,9 @@ class Engines:
 
     def holds(self, key: str) -> bool:
         """Whether a worker on this machine would be served the engine. It does not count as a use."""
+        cache = self._engines.cache
         try:
-            check(self._cache.disk.entry(key), key, self._cache.keyring)
+            check(cache.disk.entry(key), key, cache.keyring)
         except Rejected:
             return False
         return True

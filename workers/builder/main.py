@@ -20,7 +20,7 @@ from workers.builder.builder import Builder
 from workers.process import PatientProcess, serve
 
 if TYPE_CHECKING:
-    from workers.builder.engines import Engines
+    from workers.builder.engines import InstalledEngines
 
 LOOK_EVERY_S = 2.0
 NICENESS = 10
@@ -57,11 +57,11 @@ class Process(PatientProcess):
         self.idle = False
 
     @cached_property
-    def engines(self) -> Engines:
+    def engines(self) -> InstalledEngines:
         """Imported with the first model to build for: a builder with nothing to do stays small."""
-        from workers.builder.engines import Engines
+        from workers.builder.engines import InstalledEngines
 
-        return Engines(self.settings, self.objects, self.catalogue)
+        return InstalledEngines(self.settings, self.objects, self.catalogue)
 
     def run(self, stop: threading.Event) -> int:
         self.health.ready = True

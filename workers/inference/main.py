@@ -22,7 +22,7 @@ from infra.objects import connect_objects
 from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import make_app
-from pipelines.engines import open_cache
+from pipelines.engines import open_engines
 from schemas.errors import Transient
 from workers.inference.hand import Hand
 from workers.inference.hearing import Hearing
@@ -62,7 +62,7 @@ class Worker:
         self.models = Models(
             options,
             Catalogue(self.objects),
-            open_cache(settings, self.objects),
+            open_engines(settings, self.objects),
             self.on_device_failed,
         )
         self.runner = BatchRunner(

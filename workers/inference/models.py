@@ -10,7 +10,7 @@ from infra.catalogue import Catalogue
 from infra.logs import get_logger
 from infra.settings import WorkerSettings
 from pipelines.bundle import Bundle
-from pipelines.engines import EngineCache
+from pipelines.engines import Engines
 from pipelines.load import load_model
 from pipelines.model import LoadedModel
 from schemas.errors import DEVICE_FAILED, InvalidJob, PipelineError, Transient
@@ -32,12 +32,12 @@ class Models:
         self,
         options: WorkerSettings,
         catalogue: Catalogue,
-        cache: EngineCache,
+        engines: Engines,
         on_device_failed: Callable[[], None],
     ) -> None:
         self._options = options
         self._catalogue = catalogue
-        self._cache = cache
+        self._engines = engines
         self._on_device_failed = on_device_failed
         self._start: Steps | None = None
         self._unloadable: set[str] = set()
@@ -105,7 +105,7 @@ class Models:
         steps.ended("fetch")
         model = load_model(
             bundle,
-            self._cache,
+            self._engines,
             budget_bytes=self._options.memory_bytes,
             may_build=False,
             on_step=steps.ended,

@@ -27,7 +27,7 @@ from infra.objects import ObjectStore
 from infra.objects.files import FileObjects
 from pipelines import registry
 from pipelines.bundle import Bundle
-from pipelines.engines import load_engine
+from pipelines.engines import Engines
 from pipelines.engines.cache import EngineCache
 from pipelines.model import LoadedModel
 from schemas.errors import InvalidJob, InvalidModel, Transient
@@ -149,7 +149,9 @@ Add = Callable[..., registry.Added]
 @pytest.fixture
 def add(objects: FileObjects, cache: EngineCache) -> Add:
     def add(folder: Path, objects: ObjectStore = objects, **options: Any) -> registry.Added:
-        return registry.add(folder, objects, cache, **{"budget_bytes": BUDGET_BYTES, **options})
+        return registry.add(
+            folder, objects, Engines(cache), **{"budget_bytes": BUDGET_BYTES, **options}
+        )
 
     return add
 
@@ -162,11 +164,8 @@ def answers(objects: FileObjects, cache: EngineCache) -> Callable[[str, list[byt
         catalogue = Catalogue(objects)
         bundle = Bundle.open(catalogue.folder(catalogue.resolve(name)), check_graphs=False)
         config = bundle.config
-        engine = load_engine(
-            bundle.path(config.engines["main"].file),
-            config.engines["main"],
-            config.batch.buckets,
-            cache=cache,
+        engine = Engines(cache).load(
+            bundle.path(config.engines["main"].file), config.engines["main"], config.batch.buckets
         )
         model = LoadedModel(bundle, {"main": engine})
         rows = model.infer([model.decode(p, "application/octet-stream", {}) for p in payloads])

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipelines.engines import EngineCache, load_engine
+from pipelines.engines import EngineCache, Engines
 from pipelines.engines.engine import DeviceOutOfMemory, Profile
 from pipelines.engines.onnxruntime import MODEL_FILE, OnnxRuntime, open_unchanged
 from pipelines.engines.onnxruntime_cuda import CUDA, OnnxRuntimeCuda
@@ -98,6 +98,7 @@ def test_without_the_cuda_build_the_package_is_named(artefact: Path) -> None:
         ("CUDA failure 2: out of memory ; GPU=0", DeviceOutOfMemory, "device_out_of_memory"),
         ("CUBLAS_STATUS_ALLOC_FAILED", DeviceOutOfMemory, "device_out_of_memory"),
         ("CUDA failure 100: no CUDA-capable device is detected", PipelineError, "device_missing"),
+        ("CUDA failure 719: unspecified launch failure", Transient, DEVICE_FAILED),
         ("Protobuf parsing failed", InvalidModel, "unusable_onnx"),
     ],
 )
@@ -209,7 +210,7 @@ def test_it_is_taken_when_it_is_asked_for_and_kept_apart_from_the_cpu(
 ) -> None:
     model = classifier()
     for backend, providers in (("onnxruntime", [CPU]), ("onnxruntime-cuda", None)):
-        load_engine(model, EngineConfig("model.onnx", backend), (1,), cache=cache).close()
+        Engines(cache).load(model, EngineConfig("model.onnx", backend), (1,)).close()
         assert providers is None or FakeSession.asked[0] == providers
     assert len(list((cache.root / "objects").glob("*/*"))) == 2
 

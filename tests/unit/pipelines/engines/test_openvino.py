@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from pipelines.engines import EngineCache, load_engine
+from pipelines.engines import EngineCache, Engines
 from pipelines.engines.engine import Engine, Profile
 from pipelines.engines.onnxruntime import open_unchanged
 from pipelines.engines.openvino import BLOB_FILE, OpenVino
@@ -222,7 +222,7 @@ def test_changed_weights_change_the_answers_though_path_size_and_time_stay(
         model = classifier(seed=seed)
         os.utime(model, ns=(10**18, 10**18))
         seen.add((model.stat().st_size, model.stat().st_mtime_ns))
-        engine = load_engine(model, config, (1, 8), cache=cache)
+        engine = Engines(cache).load(model, config, (1, 8))
         answers.append(engine.run({"x": batch})["y"])
         engine.close()
     assert len(seen) == 1

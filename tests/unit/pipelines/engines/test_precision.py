@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipelines.bundle import Bundle
-from pipelines.engines import Engine, EngineCache, load_engine
+from pipelines.engines import Engine, EngineCache, Engines
 from pipelines.engines.build_log import shown
 from pipelines.engines.onnxruntime import open_unchanged
 from pipelines.engines.openvino import OpenVino
@@ -40,7 +40,7 @@ def config(
 
 
 def load(model: Path, asked: EngineConfig, cache: EngineCache) -> Engine:
-    return load_engine(model, asked, (1, 8), cache=cache)
+    return Engines(cache).load(model, asked, (1, 8))
 
 
 def kept(cache: EngineCache) -> int:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from infra.objects.files import FileObjects
 from infra.settings import EngineSettings, Settings, TensorRTSettings
 from pipelines.bundle import Bundle
-from pipelines.engines import build_engine, open_cache, tensorrt_build
+from pipelines.engines import open_engines, tensorrt_build
 from pipelines.engines.cuda import open_cuda
 from pipelines.engines.engine import Profile
 from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
@@ -215,13 +215,13 @@ def test_gpus_of_the_settings_are_those_of_the_command_line(
     classifier: MakeModel, tmp_path: Path
 ) -> None:
     """And their engines are the same."""
-    engines = EngineSettings(cache_dir=tmp_path / "cache", tensorrt={"target": "sm89,sm80"})
+    options = EngineSettings(cache_dir=tmp_path / "cache", tensorrt={"target": "sm89,sm80"})
     objects = FileObjects(tmp_path / "objects")
-    cache = open_cache(Settings(data_dir=tmp_path, engines=engines), objects)
+    engines = open_engines(Settings(data_dir=tmp_path, engines=options), objects)
     config = EngineConfig("model.onnx", "tensorrt-rtx")
     keys = []
     for target in (None, "sm80,sm89", "sm89"):
-        artefact = build_engine(classifier(), config, (1,), cache=cache, target=target)
+        artefact = engines.build(classifier(), config, (1,), target=target)
         artefact.release()
         keys.append(artefact.trace.key)
     assert keys[0] == keys[1] != keys[2]

@@ -13,7 +13,7 @@ import pytest
 from infra.settings import Settings, load_settings
 from pipelines import registry
 from pipelines.bundle import Bundle
-from pipelines.engines import open_cache
+from pipelines.engines import open_engines
 from pipelines.engines.reach import StoreUnavailable
 from pipelines.load import load_model
 from schemas.errors import Transient
@@ -42,9 +42,9 @@ def install(
 
     def add(name: str) -> ModelCard:
         there = load_settings(data_dir=tmp_path, engines={"cache_dir": tmp_path / "there"})
-        cache = open_cache(there, process.objects)
+        engines = open_engines(there, process.objects)
         bundle = make_tensor_bundle(name)
-        return registry.add(bundle, process.objects, cache, budget_bytes=BUDGET_BYTES).card
+        return registry.add(bundle, process.objects, engines, budget_bytes=BUDGET_BYTES).card
 
     return add
 
@@ -52,8 +52,8 @@ def install(
 def load(settings: Settings, process: Process, card: ModelCard) -> None:
     """As a worker does."""
     bundle = Bundle.open(process.catalogue.folder(card))
-    cache = open_cache(settings, process.objects)
-    load_model(bundle, cache, budget_bytes=BUDGET_BYTES, may_build=False).close()
+    engines = open_engines(settings, process.objects)
+    load_model(bundle, engines, budget_bytes=BUDGET_BYTES, may_build=False).close()
 
 
 def test_what_it_has_built_a_worker_loads(
@@ -137,7 +137,7 @@ def test_what_could_not_be_shared_when_it_was_built_is_shared_later(
     keys = {"cache_dir": tmp_path / "engines", "keys": {"one": "k" * 32}}
     process = Process(load_settings(data_dir=tmp_path, engines=keys))
     monkeypatch.setattr(process.builder, "_monotonic", clock.monotonic)
-    store = process.engines._cache.store
+    store = process.engines._engines.cache.store
     assert store is not None
     publish = store.publish
 

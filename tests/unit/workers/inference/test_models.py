@@ -11,7 +11,7 @@ import pytest
 
 from infra.settings import Settings
 from pipelines.bundle import Bundle
-from pipelines.engines import EngineCache
+from pipelines.engines import EngineCache, Engines
 from pipelines.load import load_model
 from schemas.errors import DEVICE_FAILED, InvalidJob, InvalidModel, Transient
 from workers.inference import models as models_module
@@ -56,8 +56,8 @@ def failed_devices() -> list[bool]:
 @pytest.fixture
 def models(tmp_path: Path, catalogue: Any, failed_devices: list[bool]) -> Models:
     options = Settings(data_dir=tmp_path, worker={"name": "w"}).worker
-    cache = EngineCache(tmp_path / "cache", 1 << 30)
-    return Models(options, catalogue, cache, lambda: failed_devices.append(True))
+    engines = Engines(EngineCache(tmp_path / "cache", 1 << 30))
+    return Models(options, catalogue, engines, lambda: failed_devices.append(True))
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def installed(
 ) -> str:
     """The name of a model that is in the catalogue, its engine compiled when it was added."""
     folder = make_tensor_bundle("tiny", more="batch: {max_jobs: 4, buckets: [1, 4]}")
-    load_model(Bundle.open(folder), models._cache, budget_bytes=2**30).close()
+    load_model(Bundle.open(folder), models._engines, budget_bytes=2**30).close()
     catalogue.newest["tiny"] = 1
     catalogue.folders["tiny"] = folder
     return "tiny"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipelines.engines import Engine, EngineCache, digest, load_engine
+from pipelines.engines import Engine, EngineCache, Engines, digest
 from pipelines.engines.onnxruntime import OnnxRuntime
 from schemas.errors import InvalidModel, Transient
 from schemas.models import EngineConfig
@@ -37,7 +37,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def load(model: Path, cache: EngineCache, buckets: tuple[int, ...] = (1, 8)) -> Engine:
-    return load_engine(model, CONFIG, buckets, cache=cache, threads=1)
+    return Engines(cache).load(model, CONFIG, buckets, threads=1)
 
 
 def test_a_hit_compiles_nothing_and_answers_the_same(
@@ -55,9 +55,7 @@ def test_a_load_tells_its_steps_and_where_the_artefact_came_from(
 ) -> None:
     told: list[str] = []
     for _ in range(2):
-        load_engine(
-            classifier(), CONFIG, (1, 8), cache=cache, threads=1, on_step=told.append
-        ).close()
+        Engines(cache).load(classifier(), CONFIG, (1, 8), threads=1, on_step=told.append).close()
     assert told == [
         "backend", "artefact (built)", "load",
         "backend", "artefact (local)", "load",
@@ -73,11 +71,11 @@ A_HIT = """if True:
     import json, pathlib, sys
     import numpy, onnxruntime
     before = set(sys.modules)
-    from pipelines.engines import EngineCache, load_engine
+    from pipelines.engines import EngineCache, Engines
     from schemas.models import EngineConfig
     cache = EngineCache(pathlib.Path(sys.argv[2]), 2**30)
     config = EngineConfig(file="model.onnx")
-    load_engine(pathlib.Path(sys.argv[1]), config, (1, 8), cache=cache, may_build=False).close()
+    Engines(cache).load(pathlib.Path(sys.argv[1]), config, (1, 8), may_build=False).close()
     print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
@@ -151,7 +149,7 @@ def test_a_broken_model_is_compiled_once_and_again_when_forced(
         assert refused.value.code == "unusable_onnx"
     assert len(compiled) == 1
     with pytest.raises(InvalidModel):
-        load_engine(model, CONFIG, (1,), cache=cache, force=True)
+        Engines(cache).load(model, CONFIG, (1,), force=True)
     assert len(compiled) == 2
 
 
@@ -190,7 +188,7 @@ def test_a_damaged_engine_is_rebuilt(
 FULL_DISK = """if True:
     import json, pathlib, resource, sys, structlog
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    from pipelines.engines import EngineCache, load_engine
+    from pipelines.engines import EngineCache, Engines
     from schemas.errors import Transient
     from schemas.models import EngineConfig
     model, root = map(pathlib.Path, sys.argv[1:3])
@@ -198,12 +196,12 @@ FULL_DISK = """if True:
     cache = EngineCache(root, max_bytes=1 << 30)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        load_engine(model, EngineConfig(file="model.onnx"), (1,), cache=cache)
+        Engines(cache).load(model, EngineConfig(file="model.onnx"), (1,))
     except Transient as error:
         print(json.dumps([error.code, error.message]))
     left = [str(path) for name in ("objects", "building") for path in (root / name).rglob("*")]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    load_engine(model, EngineConfig(file="model.onnx"), (1,), cache=cache)
+    Engines(cache).load(model, EngineConfig(file="model.onnx"), (1,))
     print(json.dumps(left))
 """
 
@@ -243,16 +241,16 @@ def expect_a_full_disk(model: Path, root: Path, limit_bytes: int) -> None:
 
 OUT_OF_MEMORY = """if True:
     import pathlib, resource, sys
-    from pipelines.engines import DeviceOutOfMemory, EngineCache, digest, load_engine
+    from pipelines.engines import DeviceOutOfMemory, EngineCache, Engines, digest
     from schemas.models import EngineConfig
     digest._SETTLED_NS = -(10**15)  # or the model itself would be read once more
     model, root = map(pathlib.Path, sys.argv[1:3])
     cache, config = EngineCache(root, max_bytes=1 << 30), EngineConfig(file="model.onnx")
-    load_engine(model, config, (1,), cache=cache).close()
+    Engines(cache).load(model, config, (1,)).close()
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
     try:
-        load_engine(model, config, (1,), cache=cache)
+        Engines(cache).load(model, config, (1,))
     except DeviceOutOfMemory as error:
         print(error)
 """

@@ -10,8 +10,7 @@ import pytest
 
 from infra.objects.files import FileObjects
 from infra.settings import load_settings
-from pipelines import engines
-from pipelines.engines import Backend, EngineCache, Profile, build_engine, load_engine, open_cache
+from pipelines.engines import Backend, EngineCache, Engines, Profile, open_engines
 from pipelines.engines.backends import Backends
 from pipelines.engines.manifest import check
 from schemas.errors import InvalidModel, PipelineError, Transient
@@ -26,16 +25,16 @@ def test_what_was_built_ahead_is_loaded_where_builds_must_not_run(
 ) -> None:
     model = classifier()
     with pytest.raises(Transient, match="tiny/1 main") as refused:
-        load_engine(model, CONFIG, (1, 8), cache=cache, may_build=False, label="tiny/1 main")
+        Engines(cache).load(model, CONFIG, (1, 8), may_build=False, label="tiny/1 main")
     assert refused.value.code == "engine_not_built"
-    build_engine(model, CONFIG, (1, 8), cache=cache).release()
-    load_engine(model, CONFIG, (1, 8), cache=cache, may_build=False).close()
+    Engines(cache).build(model, CONFIG, (1, 8)).release()
+    Engines(cache).load(model, CONFIG, (1, 8), may_build=False).close()
 
 
 def test_an_engine_says_which_model_it_was_built_for(
     classifier: MakeModel, cache: EngineCache
 ) -> None:
-    artefact = build_engine(classifier(), CONFIG, (1,), cache=cache, label="tiny/1 main")
+    artefact = Engines(cache).build(classifier(), CONFIG, (1,), label="tiny/1 main")
     entry = artefact.path.parent
     assert check(entry, entry.name, cache.keyring).label == "tiny/1 main"
 
@@ -63,9 +62,8 @@ def test_an_engine_for_another_device_is_another_engine(
 ) -> None:
     model = classifier()
     monkeypatch.setattr(Backends, "_make", lambda self, name: ForAnyDevice())
-    monkeypatch.setattr(engines, "_DEFAULT", Backends())
     artefacts = [
-        build_engine(model, CONFIG, (1,), cache=cache, target=target)
+        Engines(cache).build(model, CONFIG, (1,), target=target)
         for target in (None, "sm89", "sm120", "sm89")
     ]
     written = [(artefact.path / "engine.bin").read_text() for artefact in artefacts]
@@ -77,7 +75,7 @@ def test_a_backend_that_knows_this_machine_alone_refuses_others(
     classifier: MakeModel, cache: EngineCache
 ) -> None:
     with pytest.raises(InvalidModel, match="onnxruntime compiles for the machine") as refused:
-        build_engine(classifier(), CONFIG, (1,), cache=cache, target="sm89")
+        Engines(cache).build(classifier(), CONFIG, (1,), target="sm89")
     assert refused.value.code == "engine_target_unsupported"
 
 
@@ -89,7 +87,9 @@ def cache_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., E
         monkeypatch.setenv("HEADRACE_ENGINES__CACHE_DIR", str(tmp_path / "engines"))
         for name, value in environment.items():
             monkeypatch.setenv(f"HEADRACE_ENGINES__{name}", value)
-        return open_cache(load_settings(data_dir=tmp_path), FileObjects(tmp_path / "objects"))
+        return open_engines(
+            load_settings(data_dir=tmp_path), FileObjects(tmp_path / "objects")
+        ).cache
 
     return open_
 
