@@ -106,11 +106,18 @@ class Intake:
         while self._wake_at and self._wake_at[0][0] <= now:
             job = heapq.heappop(self._wake_at)[2]
             if self._delayed.get(job.job.id) is not job:
-                continue  # cancelled meanwhile
+                continue  # cancelled or released meanwhile
             del self._delayed[job.job.id]
             if job.job.deadline_at <= now:
                 self._outcomes.end(job.job, job.at, "expired", now)
             else:
+                self._queue(job, now)
+
+    def release(self, answered: Collection[str], now: float) -> None:
+        """Let go on what waited for something that these models, `name/version`, need: they answer again."""
+        for job in list(self._delayed.values()) if answered else ():
+            if job.job.waits_for and job.model in answered:
+                del self._delayed[job.job.id]
                 self._queue(job, now)
 
     def hold_back(self, tripped: Collection[CircuitKey], now: float) -> None:

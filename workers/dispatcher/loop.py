@@ -212,6 +212,7 @@ class Dispatcher:
         if self.monotonic() < self._tidy_at:
             return
         self._tidy_at = self.monotonic() + TIDY_EVERY_S
+        self.intake.release(self.settlement.answered(), now)
         self.intake.expire(now)
         self.view_writer.catch_up(now)
         if self.view_writer.losses != self._losses:

@@ -46,6 +46,8 @@ class Settlement:
         self._outcomes = outcomes
         self._breaker = breaker
         self._tripped: set[CircuitKey] = set()
+        self._answered: set[str] = set()
+        self._missed: set[str] = set()
         self.redispatched = 0
 
     def settle(self, completions: Iterable[Completion], now: float) -> None:
@@ -72,6 +74,13 @@ class Settlement:
         """Circuits that opened since the last call: jobs of theirs that wait are to be held back."""
         tripped, self._tripped = self._tripped, set()
         return tripped
+
+    def answered(self) -> set[str]:
+        """Models (`name/version`) that answered since the last call, if only that a job is invalid, and in no case
+        lacked anything: what jobs wait for is there again."""
+        answered = self._answered - self._missed
+        self._answered, self._missed = set(), set()
+        return answered
 
     def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
         """A batch's worker is gone. Jobs that were being run are suspect; all others just go again."""
@@ -102,6 +111,8 @@ class Settlement:
             self._run_again(job, now)
 
     def _judge(self, job: OpenJob, item: ItemOutcome, worker: str, now: float) -> None:
+        if item.code is None or item.invalid:
+            self._answered.add(job.model)
         if self._memory.is_cancelled(job.job.id):
             self._outcomes.end(job.job, job.at, "cancelled", now)
         elif now >= job.job.deadline_at or item.code == DEADLINE_PASSED:
@@ -143,6 +154,7 @@ class Settlement:
         if self._memory.is_cancelled(job.job.id):
             self._outcomes.end(job.job, job.at, "cancelled", now)
         elif error.code in BLAMELESS:
+            self._missed.add(job.model)
             self._outcomes.wait(job.job, job.at, error.code, now)
         elif passing and job.job.attempt + 1 < job.card.limits.max_attempts:
             self._outcomes.retry(job.job, job.at, now, suspect=suspect)

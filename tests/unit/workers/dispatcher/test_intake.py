@@ -250,6 +250,25 @@ def test_retries_go_on_in_the_order_of_their_times(
     assert seen == [{"10"}, {"10", "20"}, {"10", "20", "30"}]
 
 
+def test_what_waits_for_what_a_model_needs_goes_on_when_that_model_answers(
+    world: Any, make_job: MakeJob, make_card: Any, noon: float
+) -> None:
+    """And nothing else does: a retry has a time of its own."""
+    world.models.add(make_card(name="other"))
+    later = {"not_before": noon + 30}
+    retry(world, make_job(id="built", waits_for="engine_not_built", **later))
+    retry(world, make_job(id="other", model="other", waits_for="engine_not_built", **later))
+    retry(world, make_job(id="failed", attempt=1, **later))
+    take(world)
+
+    world.intake.release({"echo/1"}, noon)
+
+    assert waiting(world) == {"built"}
+    take(world, 30)
+    assert waiting(world) == {"built", "other", "failed"}
+    assert world.intake.delayed == 0
+
+
 def test_a_retry_keeps_the_lane_it_came_on(world: Any, make_job: MakeJob) -> None:
     retry(world, make_job(id="a", lane="bulk", attempt=1))
 

@@ -16,11 +16,13 @@ from schemas.errors import Transient
 from schemas.jobs import Job
 from schemas.payloads import Payload
 from schemas.topics import LANES, RESULTS
-from workers.dispatcher.loop import IDLE_S, LOOK_S, RUNG_S
+from workers.dispatcher.loop import IDLE_S, LOOK_S, RUNG_S, TIDY_EVERY_S
+from workers.dispatcher.outcomes import WAIT_MIN_S
 
 MakeJob = Callable[..., Job]
 
 PASSING = ItemOutcome(code="storage_unavailable", message="Away.", retry=True)
+NOT_BUILT = ItemOutcome(code="engine_not_built", message="Not built yet.", retry=True)
 LEASE_S = 10.0
 
 
@@ -264,6 +266,27 @@ def test_it_wakes_when_a_delayed_job_may_go_on(world: Any, make_job: MakeJob) ->
     world.offer()
     world.step()
     assert len(world.fetched()) == 1
+
+
+def test_when_what_many_jobs_wait_for_is_there_one_finds_out_for_all(
+    world: Any, make_job: MakeJob
+) -> None:
+    """They take turns in asking, which is long for a crowd, and short once it is there."""
+    world.submit(*(make_job(id=str(number)) for number in range(2000)))
+    while world.intake.delayed < 2000:
+        world.offer()
+        world.step()
+        for batch in world.fetched():
+            world.report(batch, [NOT_BUILT] * len(batch.items))
+    world.offer(500)
+
+    world.clock.advance(WAIT_MIN_S)
+    for _ in range(100):
+        world.step()
+        world.work()
+        world.clock.advance(TIDY_EVERY_S / 5)
+
+    assert len(world.log.outcomes()) == 2000
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 3600.0])

@@ -23,6 +23,7 @@ GOOD = ItemOutcome(b'{"type":"echo"}')
 PASSING = ItemOutcome(code="device_out_of_memory", message="Away.", retry=True)
 NOT_BUILT = ItemOutcome(code="engine_not_built", message="Not built yet.", retry=True)
 FOR_GOOD = ItemOutcome(code="image_truncated", message="Expected a whole image.")
+INVALID = ItemOutcome(code="image_truncated", message="Expected a whole image.", invalid=True)
 
 
 @pytest.fixture
@@ -156,6 +157,27 @@ def test_a_job_that_waited_is_run_when_it_can_be_and_waits_for_nothing_after_a_f
     ]
     (outcome,) = world.log.outcomes()
     assert (outcome.status, outcome.attempts) == ("succeeded", 2)
+
+
+@pytest.mark.parametrize("item", [GOOD, INVALID])
+def test_models_that_answer_and_lack_nothing_are_told_once(
+    world: Any, run: Any, make_job: MakeJob, item: ItemOutcome
+) -> None:
+    run(make_job(id="a"))
+    settle(world, item)
+
+    assert world.settlement.answered() == {"echo/1"}
+    assert world.settlement.answered() == set()
+
+
+def test_a_model_that_one_worker_has_and_another_lacks_does_not_count_as_there(
+    world: Any, run: Any, make_job: MakeJob
+) -> None:
+    """Jobs released for it would go to and fro between the log and the worker that lacks it."""
+    run(make_job(id="a"), make_job(id="b"))
+    settle(world, GOOD, NOT_BUILT)
+
+    assert world.settlement.answered() == set()
 
 
 def test_jobs_whose_run_took_the_device_down_go_alone_from_then_on(
