@@ -94,10 +94,12 @@ def cache_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., E
     return open_
 
 
+@pytest.mark.parametrize("environment", [{}, {"KEYS": ""}])
 def test_without_keys_engines_stay_on_this_machine(
-    cache_of: Callable[..., EngineCache], tmp_path: Path
+    cache_of: Callable[..., EngineCache], tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    cache = cache_of()
+    """A compose file passes on "" where nobody has set any."""
+    cache = cache_of(**environment)
     assert cache.store is None
     cache.get_or_build({"model": "a"}, lambda into: None).release()
     assert not (tmp_path / "objects" / "engines").exists()
