@@ -99,7 +99,7 @@ class Models:
 
     def _load(self, name: str, version: int) -> LoadedModel:
         """Fetch, load and warm one version. Raises PipelineError."""
-        steps = Steps(f"{name}/{version}")
+        steps = Steps(f"{name}/{version}", quiet=self._start is None)
         folder = self._catalogue.folder(self._catalogue.resolve(name, version))
         bundle = Bundle.open(folder, check_graphs=False)
         steps.ended("fetch")

@@ -1,7 +1,7 @@
 """How long a start takes, step by step: of the worker's process, and of each model that it loads.
 
-The steps follow one another without a gap, so that none is missing from the whole. Each goes to the log as it ends;
-those of the process are in the worker's sign of life too.
+The steps follow one another without a gap, so that none is missing from the whole. Each goes to the log as it ends,
+but those of loads after the start, which may be tried often; those of the process are in the worker's sign of life too.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ class Steps:
         model: str = "",
         *,
         age_s: float = 0.0,
+        quiet: bool = False,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """model: whose load this is, "" for the process's start. age_s: how long ago the first step began."""
+        """model: whose load this is, "" for the process's start. age_s: how long ago the first step began.
+        quiet: in the log only at its finest."""
         self.model = model
         self.seconds: dict[str, float] = {}
+        self._log = logger.debug if quiet else logger.info
         self._monotonic = monotonic
         self._began = self._ended = monotonic() - age_s
 
@@ -41,7 +44,7 @@ class Steps:
         self.seconds[step] = round(now - self._ended, 6)
         self._ended = now
         about = {"model": self.model} if self.model else {}
-        logger.info("step", step=step, seconds=self.seconds[step], **about)
+        self._log("step", step=step, seconds=self.seconds[step], **about)
 
     def include(self, load: Steps) -> None:
         """The steps of a model's load, which has just ended."""

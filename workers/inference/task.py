@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from celery import Celery
@@ -88,7 +89,7 @@ class BatchRunner:
             if device_failed:
                 self._hand.close()  # before the next one passes
         if items is not None:
-            self.jobs_done += len(items)
+            self.jobs_done += sum(not item.retry for item in items)
             self._report(batch, Completion(batch.id, self._hand.worker, items))
         if device_failed:
             self._on_device_failed()
@@ -128,12 +129,13 @@ class BatchRunner:
             batch=batch.id,
             model=f"{batch.model}/{batch.version}",
             jobs=len(items),
-            failed=sum(item.code is not None for item in items),
+            failed=Counter(item.code for item in items if item.code),
             ms=round(ms, 1),
         )
         for item, outcome in zip(batch.items, items, strict=True):
             if outcome.code:
-                logger.info(
+                # Thousands may wait for an engine; of those that are retried their number is enough.
+                (logger.debug if outcome.retry else logger.info)(
                     "job_failed",
                     job=item.job_id,
                     trace=item.trace_id,

@@ -102,7 +102,7 @@ def test_a_start_has_the_steps_of_every_model(models: Models, installed: str) ->
     assert models.resident.names() == ["tiny/1"]
 
 
-def test_a_model_that_is_loaded_later_is_no_part_of_the_start_and_logged_alike(
+def test_a_model_that_is_loaded_later_is_no_part_of_the_start_and_told_in_one_line(
     models: Models, catalogue: FakeCatalogue, installed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newest, catalogue.newest = catalogue.newest, {}
@@ -110,13 +110,18 @@ def test_a_model_that_is_loaded_later_is_no_part_of_the_start_and_logged_alike(
     models.warm_up(start)
     catalogue.newest = newest
     logged: list[Any] = []
-    log = SimpleNamespace(info=lambda event, **facts: logged.append((event, facts.get("step"))))
-    monkeypatch.setattr(start_module, "logger", log)
+    log = SimpleNamespace(
+        info=lambda event, **facts: logged.append((event, facts)), debug=lambda *_, **__: None
+    )
+    for module in (models_module, start_module):
+        monkeypatch.setattr(module, "logger", log)
 
     hold(models, installed)
 
     assert list(start.seconds) == ["catalogue"]
-    assert logged == [("step", step) for step in LOAD_STEPS]
+    ((event, facts),) = logged
+    assert event == "model_loaded"
+    assert [step for step, _ in facts["steps"]] == list(LOAD_STEPS)
 
 
 def test_a_model_that_does_not_warm_up_is_closed_again(

@@ -303,6 +303,7 @@ def test_when_the_model_does_not_load_every_item_fails_for_that_reason(
     assert [(i.code, i.message, i.retry) for i in completion.items] == [
         (failure.code, failure.message, passing)
     ] * 2
+    assert runner.jobs_done == (0 if passing else 2)
 
 
 def test_a_bug_in_loading_a_model_is_reported_and_does_not_pass_for_a_dead_worker(
