@@ -88,13 +88,16 @@ class DispatcherSettings(Section):
 
 class WorkerSettings(Section):
     """name: no two workers of a fleet have the same. executors: engine runs at once (0: one per CPU).
-    slots: batches held at once.
+    slots: batches held at once. memory_bytes: of engines.
+    load_s: longest that a model may take to be fetched, loaded and warmed up; then the process ends, as
+    it does when a batch overruns.
     models: the names loaded before the worker asks for work (empty: all that fit the memory budget)."""
 
     name: str = Field(default_factory=default_worker_name, pattern=r"^[A-Za-z0-9._-]{1,64}$")
     executors: int = Field(default=0, ge=0)
     slots: int = Field(default=2, ge=1, le=16)
     memory_bytes: int = Field(default=4 * 1024**3, ge=64 * 1024**2)
+    load_s: float = Field(default=900, gt=0)
     models: list[str] = []
     drain_s: float = Field(default=30, ge=0)
 

@@ -38,10 +38,6 @@ class LoadedModel:
     def memory_bytes(self) -> int:
         return sum(engine.memory_bytes for engine in self.engines.values())
 
-    @property
-    def premium(self) -> bool:
-        return self.config.tier == "premium"
-
     def close(self) -> None:
         for engine in self.engines.values():
             engine.close()

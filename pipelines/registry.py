@@ -56,8 +56,9 @@ def add(
     with closing(load_model(bundle, engines, budget_bytes=budget_bytes, force=True)) as model:
         on_stage("check")
         check(model)
+        memory_bytes = model.memory_bytes
     on_stage("install")
-    return _install(bundle, objects)
+    return _install(bundle, objects, memory_bytes)
 
 
 def removable(
@@ -119,8 +120,8 @@ def _installed(bundle: Bundle, objects: ObjectStore) -> ModelCard | None:
     )
 
 
-def _install(bundle: Bundle, objects: ObjectStore) -> Added:
-    card = _card(bundle)
+def _install(bundle: Bundle, objects: ObjectStore, memory_bytes: int) -> Added:
+    card = _card(bundle, memory_bytes)
     try:
         _copy(card, bundle, objects)
         return _publish(card, bundle, objects)
@@ -129,7 +130,7 @@ def _install(bundle: Bundle, objects: ObjectStore) -> Added:
         raise
 
 
-def _card(bundle: Bundle) -> ModelCard:
+def _card(bundle: Bundle, memory_bytes: int) -> ModelCard:
     config = bundle.config
     return ModelCard(
         name=config.name,
@@ -142,6 +143,7 @@ def _card(bundle: Bundle) -> ModelCard:
         digest=bundle.digest,
         size_bytes=bundle.size_bytes,
         added_at=time.time(),
+        memory_bytes=memory_bytes,
     )
 
 

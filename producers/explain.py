@@ -34,6 +34,10 @@ WAITS_FOR = {
     "engine_not_built": ENGINE,
     "engine_build_busy": ENGINE,
     "engine_cache_unavailable": CACHE,
+    "engine_memory_full": (
+        "for room in a worker's engine memory: the models there are premium, or came a moment ago",
+        "Where it stays so, raise HEADRACE_WORKER__MEMORY_BYTES or add a worker.",
+    ),
     "disk_full": CACHE,
     "storage_full": STORE,
     "storage_unavailable": STORE,

@@ -117,3 +117,5 @@ class ModelCard(Struct, frozen=True):
     """SHA-256 over the bundle's files: the version's identity."""
     size_bytes: int
     added_at: float
+    memory_bytes: int = 0
+    """What its engines took in memory when it was added; 0 where that is not known."""

@@ -156,7 +156,7 @@ def _facts(card: ModelCard) -> dict[str, object]:
 def _shown(fact: str, value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {inner}" for name, inner in value.items() if inner is not None)
-    if fact == "size_bytes" and isinstance(value, int):
+    if fact in ("size_bytes", "memory_bytes") and isinstance(value, int):
         return decimal(value)
     return _when(value) if isinstance(value, float) else str(value)
 

@@ -21,6 +21,7 @@ BLAMELESS = frozenset(
         "disk_full",
         "engine_build_busy",
         "engine_cache_unavailable",
+        "engine_memory_full",
         "engine_not_built",
         "storage_full",
         "storage_unavailable",

@@ -18,7 +18,7 @@ class Gate:
 
     @contextmanager
     def passage(self, *, alone: bool) -> Iterator[None]:
-        """Wait for one's turn; bounded by the runs inside, each of which the watchdog bounds."""
+        """Wait for one's turn; bounded by the loads and runs inside, each of which the watchdog bounds."""
         self._enter(alone)
         try:
             yield

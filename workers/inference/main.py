@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -72,7 +73,7 @@ class Worker:
             Stages(self.objects, executors),
             self.on_device_failed,
         )
-        self.watchdog = Watchdog(self.hand)
+        self.watchdog = Watchdog(self.hand, self.models.resident, options.load_s)
         self.hearing = Hearing()
         self.celery: Any = None
         self.health = Health()
@@ -87,6 +88,7 @@ class Worker:
     def run(self) -> int:
         """Warm up, then serve until SIGTERM. Returns the exit code. Raises Transient("device_failed")."""
         serve_health(self.settings, self.health)
+        self._thread("watchdog", self.watchdog.look_until)
         self.models.warm_up(self.start)
         app = make_app(self.settings)
         self.runner.register(app)
@@ -113,12 +115,7 @@ class Worker:
         self.cold_start_s = self.start.total_s
         self.health.ready = True
         self._beating.start()
-        threading.Thread(
-            target=self.models.keep_current_until,
-            args=(self._stopped,),
-            name="versions",
-            daemon=True,
-        ).start()
+        self._thread("versions", self.models.keep_current_until)
         logger.info(
             "ready",
             ready_s=self.cold_start_s,
@@ -128,6 +125,10 @@ class Worker:
         announce_ready(
             self.settings, self.settings.worker.name, models=self.models.resident.names()
         )
+
+    def _thread(self, name: str, run: Callable[[threading.Event], None]) -> None:
+        """Until the process ends."""
+        threading.Thread(target=run, args=(self._stopped,), name=name, daemon=True).start()
 
     def on_device_failed(self) -> None:
         """A process that lost its GPU does not get it back: drain and end, for the supervisor to start another."""
@@ -163,7 +164,6 @@ class Worker:
     def beat_forever(self) -> None:
         cleared = False
         while not self._stopped.is_set():
-            self.watchdog.look()
             self.health.progress()
             try:
                 if not cleared:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 
 from infra.catalogue import Catalogue
 from infra.logs import get_logger
@@ -13,9 +12,9 @@ from pipelines.bundle import Bundle
 from pipelines.engines import Engines
 from pipelines.load import load_model
 from pipelines.model import LoadedModel
-from schemas.errors import DEVICE_FAILED, InvalidJob, PipelineError, Transient
+from schemas.errors import DEVICE_FAILED, PipelineError, Transient
 from schemas.models import ModelCard
-from workers.inference.residency import Residency
+from workers.inference.residency import MEMORY_FULL, Residency, Wanted
 from workers.inference.start import Steps
 
 LOOK_EVERY_S = 5.0
@@ -42,7 +41,7 @@ class Models:
         self._start: Steps | None = None
         self._unloadable: set[str] = set()
         self._not_loaded: set[str] = set()
-        self.resident = Residency(self._load, options.memory_bytes)
+        self.resident = Residency(self._wanted, options.memory_bytes)
 
     def warm_up(self, start: Steps) -> None:
         """Load the models named in the settings, or the newest version of each that the budget has room for.
@@ -50,7 +49,7 @@ class Models:
         start: gets the steps of each. Raises Transient("device_failed"), and if the catalogue cannot be read.
         """
         self._start = start
-        names = self._options.models or sorted({c.name for c in self._catalogue.cards()})
+        names = self._options.models or self._by_worth()
         start.ended("catalogue")
         for name in names:
             held = self.resident.names()
@@ -58,13 +57,17 @@ class Models:
                 card = self._catalogue.resolve(name, None)
                 with self.resident.use(card.name, card.version):
                     pass
-            except PipelineError as error:
+            except Transient as error:
                 if error.code == DEVICE_FAILED:
                     raise
-                logger.error("model_not_loaded", model=name, code=error.code, error=error.message)
+                if error.code == MEMORY_FULL:
+                    break
+                self._not_loaded.add(name)
+                _log_failure(name, error)
                 start.ended(f"{name} not loaded")
-                if isinstance(error, Transient):
-                    self._not_loaded.add(name)
+            except Exception as error:
+                _log_failure(name, error)
+                start.ended(f"{name} not loaded")
             if not set(held) <= set(self.resident.names()):
                 break  # it had to make room: the budget is used up
         self._start = None
@@ -78,30 +81,42 @@ class Models:
         for them find them warm. One that does not load is left to the jobs that want it."""
         held = self.resident.names()
         for name in sorted({model.partition("/")[0] for model in held} | self._not_loaded):
-            with suppress(InvalidJob, Transient):  # removed, or not to be had now
+            try:
                 card = self._catalogue.resolve(name, None)
-                if f"{name}/{card.version}" not in {*held, *self._unloadable}:
-                    self._load_beside(card)
+            except PipelineError:  # removed, or not to be had now
+                continue
+            model = f"{name}/{card.version}"
+            if model in {*held, *self._unloadable} or self._load_beside(card, model):
                 self._not_loaded.discard(name)
 
-    def _load_beside(self, card: ModelCard) -> None:
-        model = f"{card.name}/{card.version}"
+    def _load_beside(self, card: ModelCard, model: str) -> bool:
+        """False if that may be tried again."""
         try:
             with self.resident.use(card.name, card.version):
                 logger.info("version_ready", model=model)
         except Transient as error:
             if error.code == DEVICE_FAILED:
                 self._on_device_failed()
-            raise
-        except PipelineError as error:
+            return False
+        except Exception as error:
             self._unloadable.add(model)
-            logger.error("model_not_loaded", model=model, code=error.code, error=error.message)
+            _log_failure(model, error)
+        return True
 
-    def _load(self, name: str, version: int) -> LoadedModel:
+    def _by_worth(self) -> list[str]:
+        """All that are installed, those of the premium tier first."""
+        premium = {card.name: card.tier == "premium" for card in self._catalogue.cards()}
+        return sorted(premium, key=lambda name: (not premium[name], name))
+
+    def _wanted(self, name: str, version: int) -> Wanted:
+        card = self._catalogue.resolve(name, version)
+        expected_bytes = card.memory_bytes or card.size_bytes
+        return Wanted(expected_bytes, card.tier == "premium", lambda: self._load(card))
+
+    def _load(self, card: ModelCard) -> LoadedModel:
         """Fetch, load and warm one version. Raises PipelineError."""
-        steps = Steps(f"{name}/{version}", quiet=self._start is None)
-        folder = self._catalogue.folder(self._catalogue.resolve(name, version))
-        bundle = Bundle.open(folder, check_graphs=False)
+        steps = Steps(f"{card.name}/{card.version}", quiet=self._start is None)
+        bundle = Bundle.open(self._catalogue.folder(card), check_graphs=False)
         steps.ended("fetch")
         model = load_model(
             bundle,
@@ -125,3 +140,10 @@ class Models:
         if self._start:
             self._start.include(steps)
         return model
+
+
+def _log_failure(model: str, error: Exception) -> None:
+    if isinstance(error, PipelineError):
+        logger.error("model_not_loaded", model=model, code=error.code, error=error.message)
+    else:  # a bug, perhaps in a step of the bundle's own
+        logger.error("model_not_loaded", model=model, exc_info=error)

@@ -1,7 +1,9 @@
-"""Models held in memory under a budget, the least recently used out first, never one in use.
+"""Models held in memory under a budget.
 
-Two kinds go only if that is not enough: those of the premium tier, which somebody pays to have at hand, and those
-that came a moment ago, or two models that take turns would be loaded for every batch.
+Room for a newcomer is made before it is loaded, by the least recently used that may go: none of the premium tier but
+for another of it, which somebody pays to have at hand; and none that came a moment ago, or two models that take turns
+would be loaded for every batch. One that is in use goes when its runs end, and takes no new ones until then. Where that
+makes no room, the newcomer is refused for now, and its jobs wait or find another worker.
 """
 
 from __future__ import annotations
@@ -12,62 +14,105 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from infra.logs import get_logger
+from pipelines.engines import DeviceOutOfMemory
 from pipelines.model import LoadedModel
+from schemas.errors import Transient
 
-Load = Callable[[str, int], LoadedModel]
-"""Loads and warms a version of a model. Raises PipelineError."""
+STAY_LOADS = 20
+STAY_MOST_S = 60.0
+"""A model stays so many times as long as it took to load, and no longer: so a worker loads for a twentieth of its time
+at most."""
 
-STAY_S = 10.0
+MEMORY_FULL = "engine_memory_full"
+
+Key = tuple[str, int]
 
 logger = get_logger("worker.residency")
 
 
+class Wanted(NamedTuple):
+    """A model that is to be loaded. memory_bytes: what it is expected to take. load: loads and warms it; raises
+    PipelineError."""
+
+    memory_bytes: int
+    premium: bool
+    load: Callable[[], LoadedModel]
+
+
 @dataclass(slots=True)
 class _Place:
-    loading: threading.Lock = field(default_factory=threading.Lock)
+    """Of one model, from the first wish for it until it is closed. memory_bytes: expected, once it is loaded real.
+    leaving: for those who came after it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
     model: LoadedModel | None = None
+    premium: bool = False
+    memory_bytes: int = 0
     users: int = 0
-    loaded_at: float = 0.0
+    loading_since: float | None = None
+    stays_until: float = 0.0
+    leaving: bool = False
 
 
 class Residency:
-    """budget_bytes: most bytes of engine memory held at once. A model in use is never dropped, so the
-    budget may be passed for as long as more models are in use at once than fit."""
+    """want: looks a version up; raises PipelineError. budget_bytes: most bytes of engine memory of models that stay;
+    those that leave may be held beside them until their runs end."""
 
     def __init__(
-        self, load: Load, budget_bytes: int, monotonic: Callable[[], float] = time.monotonic
+        self,
+        want: Callable[[str, int], Wanted],
+        budget_bytes: int,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._load = load
-        self._monotonic = monotonic
+        self._want = want
         self._budget_bytes = budget_bytes
+        self._monotonic = monotonic
         self._lock = threading.Lock()
-        self._places: OrderedDict[tuple[str, int], _Place] = OrderedDict()
+        self._places: OrderedDict[Key, _Place] = OrderedDict()
 
     @contextmanager
     def use(self, name: str, version: int) -> Iterator[LoadedModel]:
-        """The model, loaded if it was not; it stays for the length of the block. Raises PipelineError."""
-        place = self._enter(name, version)
+        """The model, loaded if it was not; it stays for the length of the block.
+
+        Raises PipelineError, and Transient("engine_memory_full") if models that have to stay leave it no room.
+        """
+        key = (name, version)
+        place = self._enter(key)
         try:
-            with place.loading:
+            with place.lock:
                 if place.model is None:
-                    place.model = self._load(name, version)
-                    place.loaded_at = self._monotonic()
-                    self._make_room()
-            yield place.model
+                    self._load(key, place)
+                model = place.model
+            assert model is not None
+            yield model
         finally:
-            self._leave((name, version), place)
+            self._leave(key, place)
 
     def names(self) -> list[str]:
-        """`name/version` of every model held, the least recently used first."""
+        """`name/version` of every model held that stays, the least recently used first."""
         with self._lock:
-            return [f"{name}/{version}" for (name, version), p in self._places.items() if p.model]
+            return [
+                _name(key)
+                for key, place in self._places.items()
+                if place.model and not place.leaving
+            ]
+
+    def loading(self) -> dict[str, float]:
+        """`name/version` of what is being loaded, and since when, on the monotonic clock."""
+        with self._lock:
+            return {
+                _name(key): place.loading_since
+                for key, place in self._places.items()
+                if place.loading_since is not None
+            }
 
     @property
     def memory_bytes(self) -> int:
         with self._lock:
-            return sum(place.model.memory_bytes for place in self._places.values() if place.model)
+            return sum(place.memory_bytes for place in self._places.values() if place.model)
 
     def close(self) -> None:
         with self._lock:
@@ -76,43 +121,114 @@ class Residency:
             if place.model:
                 place.model.close()
 
-    def _enter(self, name: str, version: int) -> _Place:
+    def _enter(self, key: Key) -> _Place:
         with self._lock:
-            place = self._places.setdefault((name, version), _Place())
-            self._places.move_to_end((name, version))
+            place = self._places.setdefault(key, _Place())
+            if place.leaving:
+                raise _no_room(key, "it is just leaving for another")
+            self._places.move_to_end(key)
             place.users += 1
             return place
 
-    def _leave(self, key: tuple[str, int], place: _Place) -> None:
+    def _leave(self, key: Key, place: _Place) -> None:
         with self._lock:
             place.users -= 1
             if place.model is None and place.users == 0:
                 self._places.pop(key, None)
-        self._make_room()
+        self._close_idle()
 
-    def _make_room(self) -> None:
+    def _load(self, key: Key, place: _Place) -> None:
+        began = place.loading_since = self._monotonic()
+        try:
+            wanted = self._want(*key)
+            self._make_room(key, place, wanted)
+            model = self._loaded(place, wanted)
+        except BaseException:
+            place.memory_bytes = 0
+            raise
+        finally:
+            place.loading_since = None
+        now = self._monotonic()
         with self._lock:
-            dropped = self._over_budget()
-        for model in dropped:
+            place.model, place.memory_bytes = model, model.memory_bytes
+            place.stays_until = now + min(STAY_MOST_S, STAY_LOADS * (now - began))
+            self._displace(place, -self._room())  # where it is larger than expected
+        self._close_idle()
+
+    def _make_room(self, key: Key, place: _Place, wanted: Wanted) -> None:
+        with self._lock:
+            place.premium = wanted.premium
+            if wanted.memory_bytes > self._budget_bytes:
+                return  # to load it says what is wrong
+            short_bytes = wanted.memory_bytes - self._room()
+            if short_bytes > sum(other.memory_bytes for other in self._displaceable(place)):
+                raise _no_room(key, "those that are loaded are premium, or came a moment ago")
+            self._displace(place, short_bytes)
+            place.memory_bytes = wanted.memory_bytes
+        self._close_idle()
+
+    def _loaded(self, place: _Place, wanted: Wanted) -> LoadedModel:
+        """Once more on a device that is full before the budget is, if anything can leave it."""
+        try:
+            return wanted.load()
+        except DeviceOutOfMemory:
+            with self._lock:
+                self._displace(place, self._budget_bytes)
+            if not self._close_idle():
+                raise
+        return wanted.load()
+
+    def _room(self) -> int:
+        """Bytes of the budget that nobody has who stays."""
+        return self._budget_bytes - sum(
+            place.memory_bytes for place in self._places.values() if not place.leaving
+        )
+
+    def _displaceable(self, newcomer: _Place) -> list[_Place]:
+        """The first is to leave first."""
+        now = self._monotonic()
+        return sorted(
+            (
+                place
+                for place in self._places.values()
+                if place.model and place is not newcomer and not place.leaving
+                if place.stays_until <= now or (newcomer.premium and not place.premium)
+                if newcomer.premium or not place.premium
+            ),
+            key=lambda place: place.premium,
+        )
+
+    def _displace(self, newcomer: _Place, short_bytes: int) -> None:
+        """Have so many bytes leave, or all that may."""
+        for place in self._displaceable(newcomer):
+            if short_bytes <= 0:
+                return
+            place.leaving = True
+            short_bytes -= place.memory_bytes
+
+    def _close_idle(self) -> bool:
+        """Close what leaves and is not in use. Whether there was any."""
+        with self._lock:
+            gone = {
+                key: place.model
+                for key, place in self._places.items()
+                if place.model and place.leaving and not place.users
+            }
+            for key in gone:
+                del self._places[key]
+        for key, model in gone.items():
+            logger.info("model_dropped", model=_name(key))
             model.close()
+        return bool(gone)
 
-    def _over_budget(self) -> list[LoadedModel]:
-        """Take out idle models until the rest fit."""
-        held = sum(place.model.memory_bytes for place in self._places.values() if place.model)
-        idle = [
-            (key, place) for key, place in self._places.items() if place.model and not place.users
-        ]
-        dropped: list[LoadedModel] = []
-        for key, place in sorted(idle, key=lambda item: self._worth(item[1])):
-            if held <= self._budget_bytes:
-                break
-            assert place.model is not None
-            held -= place.model.memory_bytes
-            dropped.append(place.model)
-            del self._places[key]
-            logger.info("model_dropped", model=key[0], version=key[1])
-        return dropped
 
-    def _worth(self, place: _Place) -> tuple[bool, bool]:
-        assert place.model is not None
-        return place.model.premium, self._monotonic() - place.loaded_at < STAY_S
+def _name(key: Key) -> str:
+    return f"{key[0]}/{key[1]}"
+
+
+def _no_room(key: Key, why: str) -> Transient:
+    return Transient(
+        MEMORY_FULL,
+        f"Expected room for the engines of {_name(key)}, there is none now: {why}; where it stays so,"
+        " raise HEADRACE_WORKER__MEMORY_BYTES, or add a worker.",
+    )

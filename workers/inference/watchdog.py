@@ -1,33 +1,56 @@
-"""Ends the process when a batch overruns its model's time. A thread that hangs cannot be ended by itself."""
+"""Ends the process when a batch overruns its model's time, or a load takes too long. A thread that hangs cannot be
+ended by itself."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
 from infra.logs import get_logger
 from workers.inference.hand import Hand
+from workers.inference.residency import Residency
 
+LOOK_EVERY_S = 1.0
 EXIT_OVERRUN = 70
 
 logger = get_logger("worker.watchdog")
 
 
 class Watchdog:
+    """load_s: longest that a model may be loading."""
+
     def __init__(
         self,
         hand: Hand,
+        resident: Residency,
+        load_s: float,
         end: Callable[[int], None] = os._exit,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hand = hand
+        self._resident = resident
+        self._load_s = load_s
         self._end = end
         self._monotonic = monotonic
 
+    def look_until(self, stop: threading.Event) -> None:
+        while not stop.wait(LOOK_EVERY_S):
+            self.look()
+
     def look(self) -> None:
-        """Call now and then. Does not return if a batch has run for longer than its `max_run_s`."""
+        """Does not return if a batch has run for longer than its `max_run_s`, or a model was loading for too long."""
         now = self._monotonic()
+        for model, since in self._resident.loading().items():
+            if now - since > self._load_s:
+                logger.error(
+                    "load_overran",
+                    model=model,
+                    load_s=self._load_s,
+                    action="this process ends; HEADRACE_WORKER__LOAD_S allows for more",
+                )
+                self._end(EXIT_OVERRUN)
         for held in self._hand.begun():
             ran_s = now - held.began_at
             if ran_s > held.batch.max_run_s:

@@ -13,6 +13,7 @@ import pytest
 from infra.settings import load_settings
 from workers.inference.hearing import DEAF_S, Hearing
 from workers.inference.main import Worker
+from workers.inference.residency import Wanted
 from workers.inference.start import Steps
 from workers.process import EXIT_FAILED
 
@@ -195,10 +196,9 @@ def test_after_a_device_that_failed_nothing_is_asked_of_it_any_more(
 ) -> None:
     """It may not even answer, and the process ends anyway."""
     closed: list[str] = []
-    engine = SimpleNamespace(
-        memory_bytes=1, premium=False, close=lambda: closed.append("the engine")
-    )
-    monkeypatch.setattr(worker.models.resident, "_load", lambda *_: engine)
+    engine: Any = SimpleNamespace(memory_bytes=1, close=lambda: closed.append("the engine"))
+    wanted = Wanted(1, False, lambda: engine)
+    monkeypatch.setattr(worker.models.resident, "_want", lambda *_: wanted)
     monkeypatch.setattr(os, "kill", lambda *_: None)
     with worker.models.resident.use("echo", 1):
         pass

@@ -13,7 +13,7 @@ from infra.settings import Settings
 from pipelines.bundle import Bundle
 from pipelines.engines import EngineCache, Engines
 from pipelines.load import load_model
-from schemas.errors import DEVICE_FAILED, InvalidJob, InvalidModel, Transient
+from schemas.errors import DEVICE_FAILED, InvalidJob, InvalidModel, PipelineError, Transient
 from workers.inference import models as models_module
 from workers.inference import start as start_module
 from workers.inference.models import Models
@@ -24,12 +24,17 @@ LOAD_STEPS = (
 )  # fmt: skip
 
 
+def make_card(name: str, version: int, tier: str) -> Any:
+    return SimpleNamespace(name=name, version=version, tier=tier, memory_bytes=1, size_bytes=1)
+
+
 class FakeCatalogue:
     """newest: version by name; a name that is not in it is unknown. folders: of bundles, by name."""
 
     def __init__(self, newest: dict[str, int]) -> None:
         self.newest = newest
         self.folders: dict[str, Path] = {}
+        self.tiers: dict[str, str] = {}
 
     def cards(self) -> list[Any]:
         return [self.resolve(name, None) for name in self.newest]
@@ -37,7 +42,7 @@ class FakeCatalogue:
     def resolve(self, name: str, version: int | None) -> Any:
         if name not in self.newest:
             raise InvalidJob("model_unknown", "It is gone.")
-        return SimpleNamespace(name=name, version=version or self.newest[name])
+        return make_card(name, version or self.newest[name], self.tiers.get(name, "standard"))
 
     def folder(self, card: Any) -> Path:
         return self.folders[card.name]
@@ -65,11 +70,11 @@ def loads(models: Models, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable
     """Loads go through a function of the test, which raises where one is to fail."""
 
     def replace(check: Callable[..., None]) -> None:
-        def load(name: str, version: int) -> Any:
-            check(name, version)
-            return SimpleNamespace(memory_bytes=1, premium=False, close=lambda: None)
+        def load(card: Any) -> Any:
+            check(card.name, card.version)
+            return SimpleNamespace(memory_bytes=1, close=lambda: None)
 
-        monkeypatch.setattr(models.resident, "_load", load)
+        monkeypatch.setattr(models, "_load", load)
 
     return replace
 
@@ -162,6 +167,61 @@ def test_a_model_that_does_not_load_keeps_no_other_from_being_warmed_up(
     assert list(start.seconds) == ["catalogue", "bad not loaded"]
 
 
+def test_premium_models_are_warmed_up_first_and_no_more_than_there_is_room_for(
+    models: Models, catalogue: FakeCatalogue, loads: Any
+) -> None:
+    tried: list[str] = []
+    loads(lambda name, version: tried.append(name))
+    catalogue.newest = {"a": 1, "b": 1, "paid": 1}
+    catalogue.tiers["paid"] = "premium"
+    models.resident._budget_bytes = 2
+    models.resident._monotonic = iter(range(1000)).__next__  # each load takes its time
+
+    models.warm_up(Steps())
+
+    assert tried == ["paid", "a"]
+    assert models.resident.names() == ["paid/1", "a/1"]
+
+
+@pytest.mark.parametrize(
+    "failure", [ValueError("A bug in a step."), PipelineError("storage_access", "Denied.")]
+)
+def test_whatever_is_wrong_with_a_model_others_are_loaded_and_kept_current(
+    models: Models, catalogue: FakeCatalogue, loads: Any, failure: Exception
+) -> None:
+    def check(name: str, version: int) -> None:
+        if name == "bad":
+            raise failure
+
+    loads(check)
+    catalogue.newest = {"bad": 1, "good": 1}
+    models.warm_up(Steps())
+    catalogue.newest = {"bad": 2, "good": 2}
+
+    models.keep_current()
+
+    assert models.resident.names() == ["good/1", "good/2"]
+
+
+def test_a_store_that_refuses_once_does_not_end_the_looking(
+    models: Models, catalogue: FakeCatalogue, loads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, version: int | None) -> Any:
+        raise PipelineError("storage_access", "Denied.")
+
+    loads(lambda name, version: None)
+    catalogue.newest = {"good": 1}
+    hold(models, "good")
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "resolve", refuse)
+        models.keep_current()
+    catalogue.newest = {"good": 2}
+
+    models.keep_current()
+
+    assert models.resident.names() == ["good/1", "good/2"]
+
+
 def test_a_device_that_fails_while_warming_up_ends_the_start(
     models: Models, catalogue: FakeCatalogue, loads: Any
 ) -> None:
@@ -227,9 +287,10 @@ def test_a_newer_version_is_loaded_beside_the_one_in_use_before_jobs_want_it(
             raise InvalidModel("model_check_failed", "It does not answer.")
 
     loads(check)
-    catalogue.newest = {"steady": 1, "new": 2, "broken": 2}
+    catalogue.newest = {"steady": 1, "new": 2, "broken": 2, "removed": 1}
     for name in ("broken", "new", "removed", "steady"):
         hold(models, name)
+    del catalogue.newest["removed"]
     tried.clear()
 
     for _ in range(2):

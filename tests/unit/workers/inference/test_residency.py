@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from pipelines.engines import DeviceOutOfMemory
 from schemas.errors import InvalidModel, Transient
-from workers.inference.residency import STAY_S, Residency
+from workers.inference.residency import STAY_LOADS, STAY_MOST_S, Residency, Wanted
 
 Soon = Callable[[threading.Event], None]
 
@@ -20,7 +22,6 @@ class Loaded:
     def __init__(self, name: str, memory_bytes: int) -> None:
         self.name = name
         self.memory_bytes = memory_bytes
-        self.premium = name.startswith("premium")
         self.users = 0
         self.closed = 0
 
@@ -30,20 +31,28 @@ class Loaded:
 
 
 class Loader:
-    """Loads a model of 10 bytes, or of as many as its name says: `big-50`. loaded: all it ever did."""
+    """Loads a model of 10 bytes, or of as many as its name says: `big-50`. expected: bytes, where they are wrong.
+    loaded: all it ever did."""
 
     def __init__(self) -> None:
         self.loaded: list[Loaded] = []
+        self.expected: dict[str, int] = {}
         self.failures: list[Exception] = []
         self.during: Callable[[str], None] = lambda name: None
 
-    def __call__(self, name: str, version: int) -> Any:
-        self.during(name)
-        if self.failures:
-            raise self.failures.pop()
-        model = Loaded(name, int(name.partition("-")[2] or 10))
-        self.loaded.append(model)
-        return model
+    def __call__(self, name: str, version: int) -> Wanted:
+        memory_bytes = int(name.partition("-")[2] or 10)
+
+        def load() -> Any:
+            self.during(name)
+            if self.failures:
+                raise self.failures.pop()
+            model = Loaded(name, memory_bytes)
+            self.loaded.append(model)
+            return model
+
+        expected_bytes = self.expected.get(name, memory_bytes)
+        return Wanted(expected_bytes, name.startswith("premium"), load)
 
     def open(self) -> list[str]:
         return [model.name for model in self.loaded if not model.closed]
@@ -138,25 +147,127 @@ def test_a_model_is_at_hand_while_another_loads(
     go_on.set()
 
 
-def test_premium_models_go_last(residency: Residency, loader: Loader) -> None:
+def test_a_premium_model_goes_for_nobody_but_another_premium_one(
+    residency: Residency, loader: Loader
+) -> None:
     use(residency, "premium", "a", "b", "c")
     assert loader.open() == ["premium", "c"]
 
-    use(residency, "premium2", "premium3")
+    with residency.use("c", 1), pytest.raises(Transient) as refused:
+        use(residency, "big-20")
+    assert refused.value.code == "engine_memory_full"
+    assert loader.open() == ["premium", "c"]
 
+    use(residency, "premium2", "premium3")
     assert loader.open() == ["premium2", "premium3"]
+
+
+def test_models_that_take_turns_are_not_loaded_for_every_batch(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    """A load takes a second, a batch a tenth of one: only a twentieth of the time goes into loads."""
+    loader.during = lambda name: clock.advance(1)
+    began, runs, refused = clock.monotonic(), 0, 0
+    for turn in range(1000):
+        try:
+            with residency.use(f"big{turn % 2}-20", 1):
+                clock.advance(0.1)
+                runs += 1
+        except Transient:
+            refused += 1
+            clock.advance(0.1)
+
+    took_s = clock.monotonic() - began
+    assert len(loader.loaded) <= 1 + took_s / STAY_LOADS
+    assert runs > 400
+    assert {model.name for model in loader.loaded} == {"big0-20", "big1-20"}
+
+
+def test_a_slow_load_does_not_keep_its_place_for_ever(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    loader.during = lambda name: clock.advance(600)
+    use(residency, "big-20")
+    clock.advance(STAY_MOST_S)
+
+    use(residency, "a")
+
+    assert loader.open() == ["a"]
+
+
+def test_a_premium_model_need_not_wait_for_one_that_came_a_moment_ago(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    loader.during = lambda name: clock.advance(1)
+    use(residency, "big-20", "premium")
+
+    assert loader.open() == ["premium"]
 
 
 def test_a_model_that_came_a_moment_ago_stays_if_an_older_one_can_go(
     residency: Residency, loader: Loader, clock: Any
 ) -> None:
+    loader.during = lambda name: clock.advance(1)
     use(residency, "old")
-    clock.advance(STAY_S)
+    clock.advance(STAY_LOADS)
     use(residency, "young", "old")
 
     use(residency, "new")
 
     assert loader.open() == ["young", "new"]
+
+
+def test_room_is_made_before_a_model_is_loaded(residency: Residency, loader: Loader) -> None:
+    """On a device that has no more than the budget, the load would fail each time."""
+    held: list[int] = []
+    loader.during = lambda name: held.append(residency.memory_bytes)
+
+    use(residency, "a", "b", "big-20")
+
+    assert held == [0, 10, 0]
+
+
+def test_a_model_that_is_larger_than_expected_makes_room_when_that_is_known(
+    residency: Residency, loader: Loader
+) -> None:
+    loader.expected["big-20"] = 5
+    use(residency, "a", "big-20")
+
+    assert loader.open() == ["big-20"]
+
+
+def test_a_device_that_is_full_before_the_budget_is_gets_room_and_is_asked_once_more(
+    residency: Residency, loader: Loader
+) -> None:
+    use(residency, "a")
+    loader.failures = [DeviceOutOfMemory("Full.")]
+
+    use(residency, "b")
+
+    assert loader.open() == ["b"]
+
+
+def test_a_device_that_is_full_with_nothing_to_let_go_of_is_told(
+    residency: Residency, loader: Loader
+) -> None:
+    loader.failures = [DeviceOutOfMemory("Full.")] * 2
+
+    with pytest.raises(DeviceOutOfMemory):
+        use(residency, "a")
+
+    assert len(loader.failures) == 1
+
+
+def test_what_is_being_loaded_is_told_with_its_begin(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    told: list[dict[str, float]] = []
+    loader.during = lambda name: told.append(residency.loading())
+
+    use(residency, "a")
+
+    assert told == [{"a/1": clock.monotonic()}]
+    assert residency.loading() == {}
 
 
 def test_over_the_budget_the_least_recently_used_goes(residency: Residency, loader: Loader) -> None:
@@ -174,23 +285,26 @@ def test_as_many_go_as_are_needed(residency: Residency, loader: Loader) -> None:
     assert loader.open() == ["big-20"]
 
 
-def test_a_model_in_use_is_never_dropped_but_goes_when_it_is_free(
+def test_a_model_in_use_goes_when_its_runs_end_and_takes_no_new_ones(
     residency: Residency, loader: Loader
 ) -> None:
     with residency.use("a", 1) as a, residency.use("b", 1):
         a.users += 1  # type: ignore[attr-defined]
         with residency.use("c", 1):
             assert residency.memory_bytes == 30
-        assert loader.open() == ["a", "b"]
+            assert residency.names() == ["b/1", "c/1"]
+            with pytest.raises(Transient) as refused:
+                use(residency, "a")
+            assert refused.value.code == "engine_memory_full"
+        assert loader.open() == ["a", "b", "c"]
         a.users -= 1  # type: ignore[attr-defined]
 
-    assert residency.memory_bytes <= 20
+    assert loader.open() == ["b", "c"]
 
 
 def test_an_idle_model_makes_room_before_a_run_not_after_it(
     residency: Residency, loader: Loader
 ) -> None:
-    """Over the budget only for as long as more models are in use at once than fit."""
     use(residency, "a", "b")
 
     with residency.use("c", 1):
@@ -273,7 +387,10 @@ def test_many_threads_and_models_keep_to_the_budget_when_they_are_done(
 
     def work(seed: int) -> None:
         for turn in range(30):
-            with residency.use(f"m{(seed * 7 + turn * 3) % 5}", 1) as model:
+            with (
+                suppress(Transient),  # no room just now
+                residency.use(f"m{(seed * 7 + turn * 3) % 5}", 1) as model,
+            ):
                 loaded: Any = model
                 assert not loaded.closed
                 with lock:

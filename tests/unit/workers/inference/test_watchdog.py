@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from schemas.batches import Batch
 from workers.inference.hand import Hand
 from workers.inference.watchdog import EXIT_OVERRUN, Watchdog
 
+LOAD_S = 900.0
 MakeBatch = Callable[..., Batch]
 
 
@@ -20,15 +22,22 @@ def hand() -> Hand:
 
 
 @pytest.fixture
+def resident() -> Any:
+    """Nothing is being loaded, unless a test says so."""
+    loading: dict[str, float] = {}
+    return SimpleNamespace(loading=lambda: loading)
+
+
+@pytest.fixture
 def ends() -> list[int]:
     """Exit codes the process would have ended with."""
     return []
 
 
 @pytest.fixture
-def watchdog(hand: Hand, ends: list[int], clock: Any) -> Watchdog:
+def watchdog(hand: Hand, resident: Any, ends: list[int], clock: Any) -> Watchdog:
     clock.advance(1000)
-    return Watchdog(hand, ends.append, clock.monotonic)
+    return Watchdog(hand, resident, LOAD_S, ends.append, clock.monotonic)
 
 
 def test_a_batch_within_its_time_is_let_run(
@@ -77,3 +86,18 @@ def test_a_batch_that_waits_or_is_being_reported_has_all_the_time(
     watchdog.look()
 
     assert ends == []
+
+
+def test_a_load_that_takes_too_long_ends_the_process(
+    watchdog: Watchdog, resident: Any, ends: list[int], clock: Any
+) -> None:
+    """Its thread hangs, and every batch for the model with it."""
+    resident.loading()["stuck/1"] = clock.monotonic()
+
+    clock.advance(LOAD_S)
+    watchdog.look()
+    assert ends == []
+
+    clock.advance(0.1)
+    watchdog.look()
+    assert ends == [EXIT_OVERRUN]
