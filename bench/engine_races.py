@@ -29,6 +29,7 @@ from statistics import median
 from typing import NamedTuple
 
 from msgspec import Struct, to_builtins
+from rich.progress import Progress
 
 from bench.engine_load import BUCKETS, CONFIG, write_light
 from bench.figures import Asked, Effort, Figure, spread
@@ -52,6 +53,10 @@ EXTENT: dict[Effort, tuple[int, int, int]] = {
     "long": (1000, 100, 15),
 }
 """Races, kills, and starts at once with a real model."""
+
+BEGIN_S = 30.0
+TRIES = 20
+"""Kills for each that is to hit a builder at work."""
 
 WHOLE, BROKEN, OTHER = 0, 10, 11
 """Exit codes of a racer."""
@@ -165,13 +170,20 @@ def ask(model: Path, root: Path) -> None:
 def run_all(races: int, kills: int, racers: int, seed: int) -> Tally:
     """Kills are spread over the races."""
     logging.getLogger("headrace").setLevel(logging.CRITICAL)
-    chance, tally, number = random.Random(seed), Tally(), 0
-    with tempfile.TemporaryDirectory(prefix="hr-races-") as folder:
+    chance, tally = random.Random(seed), Tally()
+    with (
+        tempfile.TemporaryDirectory(prefix="hr-races-") as folder,
+        Progress(transient=True, auto_refresh=False) as bar,  # no thread, for the racers are forked
+    ):
+        racing, killing = bar.add_task("races", total=races), bar.add_task("kills", total=kills)
         for number in range(races):
             race(prepare(Path(folder), number, racers, LEASE_S), tally)
-        while tally.interrupted < kills:
-            number += 1
+            bar.update(racing, completed=tally.races, refresh=True)
+        for number in range(races, races + TRIES * kills):
+            if tally.interrupted >= kills:
+                break
             kill(prepare(Path(folder), number, racers, SHORT_LEASE_S), tally, chance)
+            bar.update(killing, completed=tally.interrupted, refresh=True)
     return tally
 
 
@@ -196,7 +208,10 @@ def race(track: Track, tally: Tally) -> None:
 def kill(track: Track, tally: Tally, chance: random.Random) -> None:
     """Ends the first that begins to build; it says so by writing its pid."""
     racers = [fork(track, cache) for cache in track.caches]
+    limit_at = time.monotonic() + BEGIN_S
     while not (started := read(track.builds)).endswith("\n"):
+        if time.monotonic() > limit_at:
+            raise TimeoutError(f"Expected a build to begin within {BEGIN_S:.0f} s, none did.")
         time.sleep(0.0005)
     time.sleep(chance.uniform(0, 1.5 * STEPS * len(FILES) * STEP_S))
     os.kill(int(started.split()[0]), signal.SIGKILL)

@@ -112,7 +112,9 @@ def build(
     target: Annotated[
         str | None, typer.Option(help="A device other than this machine's, in the backend's words.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Even if it failed a moment ago.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Anew, whatever is there, here and in the store.")
+    ] = False,
     json: Json = False,
     data: Data = None,
 ) -> None:
@@ -147,7 +149,7 @@ def verify(
 ) -> None:
     """Compare every byte of engines with what was signed. Exit code 1: something is wrong.
 
-    On this machine a damaged engine is removed; in the store, whoever builds it next replaces it.
+    A damaged engine is removed; in the store, a builder that has it shares it again.
     """
     cache = _cache(data)
     where = "store" if store else "disk"
@@ -184,7 +186,12 @@ def prune(
     """Remove the engines that were not used for longest. Never one in use, or just being built."""
     limits = [max_bytes, unused_days]
     if (store and limits == [None, None]) or (unused_days is not None and not store):
-        raise InvalidJob("prune_what", "Expected --store with --bytes, --unused-days, or both.")
+        came = "--store alone" if store else "--unused-days without --store"
+        raise InvalidJob(
+            "prune_what",
+            f"Expected --store with --bytes, --unused-days or both, came {came}; on this machine the"
+            " setting says how much is kept, or --bytes.",
+        )
     cache = _cache(data)
     if store:
         unused_s = None if unused_days is None else unused_days * DAY_S
@@ -337,13 +344,13 @@ def _counted(what: str, items: Iterable[T], total: int | None = None) -> Iterato
 @contextmanager
 def _whole(file: Path) -> Iterator[BinaryIO]:
     """A file that is there when all of it was written, or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
+    unfinished = file.with_name(f"{file.name}.partial")
     try:
-        with partial.open("wb") as target:
+        with unfinished.open("wb") as target:
             yield target
-        partial.replace(file)
+        unfinished.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _moved(manifest: Manifest, new: bool = True) -> Moved:

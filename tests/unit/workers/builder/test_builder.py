@@ -11,7 +11,7 @@ import pytest
 
 from schemas.errors import InvalidModel, PipelineError, Transient
 from schemas.models import ModelCard
-from workers.builder.builder import TROUBLE_S, Builder
+from workers.builder.builder import SHARE_EVERY_S, TROUBLE_S, Builder
 
 AGAIN_S = 300.0
 
@@ -23,6 +23,7 @@ class FakeCache:
         self.clock = clock
         self.tried: list[str] = []
         self.here: set[str] = set()
+        self.asked_to_share: list[str] = []
         self.errors: dict[str, Exception] = {}
 
     def see_built(self, card: ModelCard) -> list[str]:
@@ -37,6 +38,11 @@ class FakeCache:
 
     def holds(self, key: str) -> bool:
         return key in self.here
+
+    def share(self, key: str) -> None:
+        self.asked_to_share.append(key)
+        if key in self.errors:
+            raise self.errors[key]
 
 
 @pytest.fixture
@@ -53,7 +59,13 @@ def installed(make_card: Callable[..., ModelCard]) -> list[ModelCard]:
 
 @pytest.fixture
 def builder(cache: FakeCache, installed: list[ModelCard], clock: Any) -> Builder:
-    return Builder(lambda: installed, cache.see_built, cache.holds, AGAIN_S, clock.monotonic)
+    return build_for(lambda: installed, cache, clock)
+
+
+def build_for(
+    cards: Callable[[], list[ModelCard]], cache: FakeCache, clock: Any, again_s: float = AGAIN_S
+) -> Builder:
+    return Builder(cards, cache.see_built, cache.holds, cache.share, again_s, clock.monotonic)
 
 
 def until_idle(builder: Builder) -> None:
@@ -142,6 +154,28 @@ def test_what_the_cache_has_lost_is_built_again(builder: Builder, cache: FakeCac
     assert cache.tried[3:] == ["c/1"]
 
 
+def test_engines_are_offered_to_the_store_again_now_and_then(
+    builder: Builder, cache: FakeCache, installed: list[ModelCard], clock: Any
+) -> None:
+    del installed[1:]
+    cache.errors["a/1 encoder"] = Transient("engine_store_unavailable", "Away.")
+    until_idle(builder)
+    until_idle(builder)
+    assert cache.asked_to_share == []
+
+    clock.advance(SHARE_EVERY_S)
+    for _ in range(3):
+        assert not builder.step(), "a store that is away is no reason to build"
+    assert cache.asked_to_share == ["a/1 encoder"]
+
+    cache.errors.clear()
+    clock.advance(SHARE_EVERY_S)
+    for _ in range(3):
+        builder.step()
+    assert cache.asked_to_share[1:] == ["a/1 encoder", "a/1 decoder"]
+    assert cache.tried == ["a/1"]
+
+
 def test_a_cache_too_small_for_all_is_not_turned_over_without_end(
     builder: Builder, cache: FakeCache, clock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,7 +196,7 @@ def test_a_cache_too_small_for_all_is_not_turned_over_without_end(
 def test_failures_that_are_not_remembered_are_not_tried_without_end(
     cache: FakeCache, installed: list[ModelCard], clock: Any
 ) -> None:
-    builder = Builder(lambda: installed, cache.see_built, cache.holds, 0.0, clock.monotonic)
+    builder = build_for(lambda: installed, cache, clock, again_s=0.0)
     cache.errors["b/1"] = InvalidModel("unsupported_operator", "No such operator.")
 
     until_idle(builder)
@@ -185,7 +219,7 @@ def test_a_catalogue_that_is_away_is_the_processs_trouble(cache: FakeCache, cloc
     def cards() -> list[ModelCard]:
         raise Transient("storage_unavailable", "Away.")
 
-    builder = Builder(cards, cache.see_built, cache.holds, AGAIN_S, clock.monotonic)
+    builder = build_for(cards, cache, clock)
 
     with pytest.raises(Transient):
         builder.step()

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from infra.settings import Settings, load_settings
-from pipelines import registry
+from pipelines import build, registry
+from pipelines.build import Cached, Wanted
 from pipelines.bundle import Bundle
-from pipelines.engines import open_engines
+from pipelines.engines import Engines, open_engines
 from pipelines.engines.reach import StoreUnavailable
 from pipelines.load import load_model
 from schemas.errors import Transient
 from schemas.models import ModelCard
-from workers.builder.builder import TROUBLE_S
+from workers.builder.builder import SHARE_EVERY_S, TROUBLE_S
 from workers.builder.main import Process
 
 BUDGET_BYTES = 1 << 30
@@ -116,13 +117,13 @@ def test_sigterm_is_obeyed_between_builds(
     see_built = process.engines.see_built
     built: list[str] = []
 
-    def build(card: ModelCard) -> list[str]:
+    def see_one(card: ModelCard) -> list[str]:
         assert process.health.ready
         stop.set()
         built.append(card.name)
         return see_built(card)
 
-    monkeypatch.setattr(process.engines, "see_built", build)
+    monkeypatch.setattr(process.engines, "see_built", see_one)
 
     assert process.run(stop) == 0
 
@@ -154,6 +155,58 @@ def test_what_could_not_be_shared_when_it_was_built_is_shared_later(
     process._step()
 
     assert len(store.entries()) == 1
+
+
+def test_what_the_store_has_lost_is_shared_again(
+    install: Callable[..., ModelCard], tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pruned too early, or found damaged by a worker."""
+    keys = {"cache_dir": tmp_path / "engines", "keys": {"one": "k" * 32}}
+    process = Process(load_settings(data_dir=tmp_path, engines=keys))
+    monkeypatch.setattr(process.builder, "_monotonic", clock.monotonic)
+    install("tiny")
+    process._step()
+    store = process.engines._engines.cache.store
+    assert store is not None
+    (entry,) = store.entries()
+    store.remove(entry.key)
+
+    process._step()
+    assert store.entries() == [], "it does not ask the store all the time"
+    clock.advance(SHARE_EVERY_S)
+    process._step()
+
+    assert store.verify(entry.key) is None
+    assert process.idle
+
+
+def test_a_version_of_many_engines_does_not_look_stalled(
+    process: Process,
+    settings: Settings,
+    install: Callable[..., ModelCard],
+    clock: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each may be waited for, and then be built, for as long as anybody waits for a build."""
+    install("tiny")
+    monkeypatch.setattr(process.health, "_monotonic", clock.monotonic)
+    lived: list[bool] = []
+
+    def engines_of(bundle: Bundle) -> list[Wanted]:
+        return build.engines_of(bundle) * 3
+
+    def see_built(engine: Wanted, engines: Engines) -> Cached:
+        clock.advance(2 * settings.engines.build_wait_s)
+        lived.append(process.health.live)
+        return build.see_built(engine, engines)
+
+    monkeypatch.setattr("workers.builder.engines.engines_of", engines_of)
+    monkeypatch.setattr("workers.builder.engines.see_built", see_built)
+    process.health.progress()
+
+    process._step()
+
+    assert lived == [True] * 3
 
 
 def test_a_store_that_is_away_is_waited_for(

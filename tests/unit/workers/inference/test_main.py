@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from infra.settings import load_settings
+from workers.inference import main as worker_main
 from workers.inference.hearing import DEAF_S, Hearing
 from workers.inference.main import Worker
 from workers.inference.residency import Wanted
@@ -172,6 +173,33 @@ def test_the_start_is_told_step_by_step_and_in_whole(
     assert list(beat.start) == ["connect", "catalogue", "listen"]
     assert beat.ready
     assert sum(beat.start.values()) == pytest.approx(beat.cold_start_s, rel=0.1)
+
+
+def test_a_worker_asks_for_work_only_when_its_models_are_warm(
+    worker: Worker, fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, bool]] = []
+
+    def note(what: str) -> None:
+        told.append((what, len(offered(fleet)), worker.health.ready))
+
+    def start() -> None:
+        note("listening")
+        worker.on_ready()
+        worker.beat()
+        note("ready")
+
+    monkeypatch.setattr(worker.models, "warm_up", lambda _: note("warming"))
+    monkeypatch.setattr(worker.models, "keep_current_until", lambda _: None)
+    monkeypatch.setattr(worker.watchdog, "look_until", lambda _: None)
+    celery = SimpleNamespace(start=start)
+    app: Any = SimpleNamespace(Worker=lambda **_: celery)
+    monkeypatch.setattr(worker_main, "make_app", lambda _: app)
+    monkeypatch.setattr(worker.runner, "register", lambda _: None)
+
+    worker.run()
+
+    assert told == [("warming", 0, False), ("listening", 0, False), ("ready", 3, True)]
 
 
 def test_a_worker_whose_device_failed_asks_for_no_more_and_ends_as_failed(
