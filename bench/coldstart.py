@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from msgspec import Struct, structs
 from rich.progress import track
 
+from bench import engine_fetch, engine_races
 from bench.chart import bars
 from bench.engine_load import (
     CACHE,
@@ -46,9 +47,10 @@ from bench.engine_load import (
     sample,
     shuffled,
 )
-from bench.figures import Figure, rounded, spread
+from bench.figures import Effort, Figure, rounded, spread
 from bench.machine import describe
 from bench.report import BEGIN, END, show, write_json
+from bench.stack import ServersMissing
 from infra.objects import open_objects
 from infra.settings import S3Settings
 from pipelines.engines import EngineCache
@@ -105,7 +107,13 @@ def main() -> int:
     )
     options = parser.parse_args()
     began = time.monotonic()
-    figures = list(measure("quick" if options.quick else "usual", "embedded"))
+    effort: Effort = "quick" if options.quick else "usual"
+    figures = list(measure(effort, "embedded"))
+    figures += engine_races.measure(effort, "embedded")
+    try:
+        figures += engine_fetch.measure(effort, "embedded")
+    except ServersMissing as missing:
+        print(f"fetch from an object store: not measured: {missing}", file=sys.stderr)
     with (
         tempfile.TemporaryDirectory(prefix="hr-cold-") as folder,
         object_store(Path(folder)) as store,

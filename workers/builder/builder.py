@@ -13,6 +13,9 @@ from schemas.models import ModelCard
 TROUBLE_S = 30.0
 """How long to leave a version alone that something kept from being built which may pass."""
 
+SHARE_EVERY_S = 60.0
+"""So often the object store is asked whether it still has a version's engines, by one small request for each."""
+
 SeeBuilt = Callable[[ModelCard], Sequence[str]]
 """Sees that the cache has a version's engines, which may take long. Returns their keys. Raises PipelineError."""
 
@@ -21,15 +24,18 @@ logger = get_logger("builder")
 
 @dataclass(slots=True)
 class _Seen:
-    """What came of a version the last time. not_before: on the monotonic clock. code: how it failed."""
+    """What came of a version the last time. not_before: to see to it again, share_at: to look whether its engines
+    are still shared; on the monotonic clock. code: how it failed."""
 
     keys: Sequence[str] = ()
     not_before: float = 0.0
+    share_at: float = 0.0
     code: str | None = None
 
 
 class Builder:
     """cards: what is installed; may raise Transient. holds: whether the cache still has an engine, whole.
+    share: copies an engine of this machine to the object store, if that lacks it; may raise PipelineError.
     again_s: how long to leave a version alone that failed, or was built a second time: in a cache too small
     for all engines, each would put another out without end. TROUBLE_S at least."""
 
@@ -38,12 +44,14 @@ class Builder:
         cards: Callable[[], Sequence[ModelCard]],
         see_built: SeeBuilt,
         holds: Callable[[str], bool],
+        share: Callable[[str], object],
         again_s: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cards = cards
         self._see_built = see_built
         self._holds = holds
+        self._share = share
         self._again_s = max(again_s, TROUBLE_S)
         self._monotonic = monotonic
         self._seen: dict[tuple[str, int, str], _Seen] = {}
@@ -53,6 +61,8 @@ class Builder:
         cards = sorted(self._cards(), key=lambda card: card.added_at, reverse=True)
         seen = {(card.name, card.version, card.digest): card for card in cards}
         self._seen = {which: self._seen.get(which, _Seen()) for which in seen}
+        for known in self._seen.values():
+            self._keep_shared(known)
         for which, card in seen.items():
             if self._is_due(self._seen[which]):
                 self._seen[which] = self._see_to(card, self._seen[which])
@@ -81,5 +91,17 @@ class Builder:
                 logger.exception("build_failed", model=model, code=code)
         else:
             logger.info("version_ready", model=model, seconds=round(self._monotonic() - began, 3))
-            return _Seen(keys, self._monotonic() + self._again_s if last.keys else 0.0)
-        return _Seen((), self._monotonic() + pause_s, code)
+            now = self._monotonic()
+            return _Seen(keys, now + self._again_s if last.keys else 0.0, now + SHARE_EVERY_S)
+        return _Seen(not_before=self._monotonic() + pause_s, code=code)
+
+    def _keep_shared(self, seen: _Seen) -> None:
+        """The object store may have lost what was there: pruned too early, or withdrawn as damaged."""
+        if not seen.keys or self._monotonic() < seen.share_at:
+            return
+        seen.share_at = self._monotonic() + SHARE_EVERY_S
+        try:
+            for key in seen.keys:
+                self._share(key)
+        except PipelineError as error:
+            logger.warning("not_shared", code=error.code, error=error.message)

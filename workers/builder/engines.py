@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from infra.catalogue import Catalogue
+from infra.logs import get_logger
 from infra.objects import ObjectStore
 from infra.settings import Settings
 from pipelines.build import engines_of, see_built
@@ -12,12 +15,22 @@ from pipelines.engines.manifest import Rejected, check
 from pipelines.engines.reach import StoreUnavailable
 from schemas.models import ModelCard
 
+logger = get_logger("builder")
+
 
 class InstalledEngines:
-    """Raises PipelineError (settings_invalid) if the keys to sign with are not as they should be."""
+    """progress: called before each engine. Raises PipelineError (settings_invalid) if the keys to sign with
+    are not as they should be."""
 
-    def __init__(self, settings: Settings, objects: ObjectStore, catalogue: Catalogue) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        objects: ObjectStore,
+        catalogue: Catalogue,
+        progress: Callable[[], None],
+    ) -> None:
         self._catalogue = catalogue
+        self._progress = progress
         self._engines = open_engines(settings, objects)
 
     def see_built(self, card: ModelCard) -> list[str]:
@@ -26,7 +39,10 @@ class InstalledEngines:
         Raises InvalidModel, PipelineError, and Transient from cache and store.
         """
         bundle = Bundle.open(self._catalogue.folder(card), check_graphs=False)
-        cached = [see_built(engine, self._engines) for engine in engines_of(bundle)]
+        cached = []
+        for engine in engines_of(bundle):
+            self._progress()
+            cached.append(see_built(engine, self._engines))
         if fault := next(filter(None, (one.store_fault for one in cached)), None):
             raise StoreUnavailable(
                 "engine_store_unavailable",
@@ -34,6 +50,12 @@ class InstalledEngines:
                 f" they are on this machine alone: {fault}",
             )
         return [one.trace.key for one in cached]
+
+    def share(self, key: str) -> None:
+        """Copy it to the object store, if engines are shared and that lacks it. Raises Transient."""
+        self._progress()
+        if self._engines.cache.share(key):
+            logger.info("engine_shared", key=key)
 
     def holds(self, key: str) -> bool:
         """Whether a worker on this machine would be served the engine. It does not count as a use."""

@@ -43,8 +43,8 @@ def run(settings: Settings, stop: threading.Event) -> int:
 class Process(PatientProcess):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        # Nobody waits longer for a build than this, so one that takes longer is stuck.
-        self.health = Health(STALLED_AFTER_S + settings.engines.build_wait_s)
+        # An engine is waited for and then built, each for no longer than anybody waits for a build: beyond it is stuck.
+        self.health = Health(STALLED_AFTER_S + 2 * settings.engines.build_wait_s)
         serve_health(settings, self.health)
         self.objects = connect_objects(settings)
         self.catalogue = Catalogue(self.objects)
@@ -52,6 +52,7 @@ class Process(PatientProcess):
             self.catalogue.cards,
             lambda card: self.engines.see_built(card),
             lambda key: self.engines.holds(key),
+            lambda key: self.engines.share(key),
             settings.engines.failure_memory_s,
         )
         self.idle = False
@@ -61,7 +62,7 @@ class Process(PatientProcess):
         """Imported with the first model to build for: a builder with nothing to do stays small."""
         from workers.builder.engines import InstalledEngines
 
-        return InstalledEngines(self.settings, self.objects, self.catalogue)
+        return InstalledEngines(self.settings, self.objects, self.catalogue, self.health.progress)
 
     def run(self, stop: threading.Event) -> int:
         self.health.ready = True

@@ -153,6 +153,9 @@ class Residency:
             place.model, place.memory_bytes = model, model.memory_bytes
             place.stays_until = now + min(STAY_MOST_S, STAY_LOADS * (now - began))
             self._displace(place, -self._room())  # where it is larger than expected
+            over_bytes = -self._room()
+        if over_bytes > 0:
+            logger.warning("engine_memory_over_budget", model=_name(key), bytes=over_bytes)
         self._close_idle()
 
     def _make_room(self, key: Key, place: _Place, wanted: Wanted) -> None:
@@ -186,17 +189,15 @@ class Residency:
 
     def _displaceable(self, newcomer: _Place) -> list[_Place]:
         """The first is to leave first."""
-        now = self._monotonic()
-        return sorted(
-            (
-                place
-                for place in self._places.values()
-                if place.model and place is not newcomer and not place.leaving
-                if place.stays_until <= now or (newcomer.premium and not place.premium)
-                if newcomer.premium or not place.premium
-            ),
-            key=lambda place: place.premium,
-        )
+        places = [place for place in self._places.values() if self._gives_way(place, newcomer)]
+        return sorted(places, key=lambda place: place.premium)
+
+    def _gives_way(self, place: _Place, newcomer: _Place) -> bool:
+        if place.model is None or place.leaving or place is newcomer:
+            return False
+        if place.premium != newcomer.premium:
+            return newcomer.premium
+        return place.stays_until <= self._monotonic()
 
     def _displace(self, newcomer: _Place, short_bytes: int) -> None:
         """Have so many bytes leave, or all that may."""
