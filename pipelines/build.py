@@ -45,7 +45,7 @@ def see_built(
     engines: Engines,
     *,
     target: str | None = None,
-    force: bool = False,
+    rebuild: bool = False,
     on_wait: Callable[[], None] | None = None,
 ) -> Cached:
     """Fetch or compile the engine, unless this machine has it; and copy it to the store, if that has it not.
@@ -59,7 +59,7 @@ def see_built(
         bundle.config.batch.buckets,
         target=target,
         label=engine.label,
-        force=force,
+        rebuild=rebuild,
         on_wait=on_wait,
     )
     artefact.release()

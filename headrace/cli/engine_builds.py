@@ -42,7 +42,7 @@ def build_all(
     wanted: list[Wanted], engines: Engines, *, target: str | None = None, force: bool = False
 ) -> Iterator[Built]:
     """One after the other, with a bar and the builders' log on stderr. An engine that cannot be built
-    does not keep the others from it."""
+    does not keep the others from it. force: compile also what is there."""
     with (
         progress_bar() as bar,
         shown(lambda line: bar.console.print(line, markup=False, style="dim")),
@@ -63,7 +63,7 @@ def _build(
     on_wait: Callable[[], None],
 ) -> Built:
     try:
-        cached = see_built(engine, engines, target=target, force=force, on_wait=on_wait)
+        cached = see_built(engine, engines, target=target, rebuild=force, on_wait=on_wait)
     except PipelineError as error:
         return Built(engine=engine.label, error=f"{error.code}: {error.message}")
     trace = cached.trace

@@ -104,16 +104,17 @@ class Engines:
         *,
         target: str | None = None,
         label: str = "",
-        force: bool = False,
+        rebuild: bool = False,
         on_wait: Callable[[], None] | None = None,
     ) -> Artefact:
         """See that the cache has a model's engine, without loading it. target: a device other than this
-        machine's, in the backend's words. The others, and what is raised: see load.
+        machine's, in the backend's words. rebuild: compile it anew, and replace what is there, here and
+        in the store. The others, and what is raised: see load.
         The caller releases the artefact."""
         backend = self._backends.get(config.backend, target)
         key_parts, build = self._recipe(backend, model, config, buckets)
         return self.cache.get_or_build(
-            key_parts, build, label=label or model.name, force=force, on_wait=on_wait
+            key_parts, build, label=label or model.name, rebuild=rebuild, on_wait=on_wait
         )
 
     def _recipe(
@@ -126,7 +127,7 @@ class Engines:
         digest = model_digest(model, notes)
 
         def build(into: Path) -> None:
-            with lowering.graph() as graph:
+            with lowering.graph(into.parent) as graph:
                 backend.compile(graph, profile, into)
             lowering.prove(backend, into)
             if model_digest(model, notes) != digest:

@@ -74,6 +74,7 @@ class EngineCache:
         *,
         label: str = "",
         force: bool = False,
+        rebuild: bool = False,
         may_build: bool = True,
         on_wait: Callable[[], None] | None = None,
     ) -> Artefact:
@@ -86,14 +87,15 @@ class EngineCache:
         """
         key = key_of(key_parts)
         with errors_of_disk(self.root):
-            if lease := self.disk.find(key):
+            if not rebuild and (lease := self.disk.find(key)):
                 return self._artefact(lease, Trace(key=key))
             order = Order(
                 key=key,
                 key_parts=key_parts,
                 build=build,
                 label=label,
-                force=force,
+                force=force or rebuild,
+                rebuild=rebuild,
                 may_build=may_build,
                 on_wait=on_wait,
             )
@@ -109,16 +111,20 @@ class EngineCache:
         return self._artefact(lease, flight.trace)
 
     def share(self, key: str) -> bool:
-        """Copy an engine of this machine to the object store, if it has none. Raises StoreUnavailable,
+        """Copy an engine of this machine to the object store, if that has none, or one with a manifest
+        that is not to be believed. If it has one, that is one small request. Raises StoreUnavailable,
         and Transient (engine_rejected) if it is found to be damaged; it is removed then."""
-        if self.store is None or self.store.manifest(key) is not None:
+        if self.store is None:
+            return False
+        there = self.store.manifest(key)
+        if there is not None and self._is_believed(self.store, there, key):
             return False
         with errors_of_disk(self.root):
             lease = self.disk.find(key)
             if lease is None:
                 return False
             try:
-                return self.store.publish(key, self.disk.entry(key))
+                return self.store.publish(key, self.disk.entry(key), replace=there is not None)
             except Rejected as reason:
                 self.disk.verify(key, self._policy.wait_s)
                 raise Transient(
@@ -137,6 +143,14 @@ class EngineCache:
                 self.disk.clean(self._is_old)
             limit = self._max_bytes if max_bytes is None else max_bytes
             return self.disk.evict(limit, self._policy.clock(), dry_run=dry_run)
+
+    def _is_believed(self, store: EngineStore, signed: bytes, key: str) -> bool:
+        try:
+            store.check(signed, key)
+        except Rejected as reason:
+            _log.warning("engine_store_entry_rejected", key=key, reason=str(reason))
+            return False
+        return True
 
     def _artefact(self, lease: Lease, trace: Trace) -> Artefact:
         return Artefact(self.disk.entry(trace.key) / ARTEFACT, lease, trace)

@@ -104,10 +104,11 @@ class Disk:
         lease = Lease.take(folder)
         assert lease is not None, "nobody else knows this folder"
         try:
-            self.discard(key)
             entry = self.entry(key)
             entry.parent.mkdir(parents=True, exist_ok=True)
+            replaced = self._set_aside(key)
             folder.rename(entry)
+            _delete(replaced)
         except BaseException:
             lease.release()
             raise
@@ -115,10 +116,7 @@ class Disk:
 
     def discard(self, key: str) -> None:
         """Remove an entry, under its lock. Whoever has its files open or mapped keeps them."""
-        doomed = self._building / f"{key}.{os.urandom(8).hex()}"  # no folder: the disk may be full
-        with suppress(FileNotFoundError):
-            self.entry(key).rename(doomed)
-        _delete(doomed)
+        _delete(self._set_aside(key))
 
     def verify(self, key: str, wait_s: float) -> str | None:
         """What is wrong with the entry, compared in full. It is removed then; the next load fetches or
@@ -181,6 +179,13 @@ class Disk:
                 failure = self.failure(key) if suffix == "failed" else None
                 if suffix != "lock" and (failure is None or is_old(failure)):
                     _delete(path)  # a lock file goes when it is released
+
+    def _set_aside(self, key: str) -> Path:
+        """Where the entry is now, if there was one."""
+        aside = self._building / f"{key}.{os.urandom(8).hex()}"  # no folder: the disk may be full
+        with suppress(FileNotFoundError):
+            self.entry(key).rename(aside)
+        return aside
 
     def _remove_unused(self, key: str) -> bool:
         with suppress(Transient), self.lock(key, wait_s=0):

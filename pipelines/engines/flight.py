@@ -59,10 +59,13 @@ class Flight:
         with ExitStack() as turn:  # outlasts the lock, so that nobody here waits for the upload
             with self._disk.lock(self._order.key, self._wait_s, self._on_wait):
                 self._note(wait_s=round(time.monotonic() - self._began, 6))
-                lease = self._disk.find(self._order.key) or self._obtain(turn)
+                lease = self._find() or self._obtain(turn)
             if self.trace.origin == "built":
                 self._publish(lease)
         return lease
+
+    def _find(self) -> Lease | None:
+        return None if self._order.rebuild else self._disk.find(self._order.key)
 
     def _obtain(self, turn: ExitStack) -> Lease:
         try:
@@ -102,13 +105,15 @@ class Flight:
             yield
 
     def _fetch(self, store: EngineStore) -> Lease | None:
+        if self._order.rebuild:
+            return None
         key = self._order.key
         signed = store.manifest(key)
         if signed is None or signed == self._rejected:
             return None
         try:
             with self._timed("fetch_s"), self._disk.workspace(key) as folder:
-                store.download(store.check(signed, key), folder)
+                store.download(signed, key, folder)
                 finish(folder, signed, durable=False)  # it can be fetched again
                 lease = self._disk.put(folder, key)
         except Rejected as reason:
@@ -151,8 +156,8 @@ class Flight:
         key = self._order.key
         try:
             with self._timed("publish_s"):
-                replaces = self._rejected is not None
-                self._store.publish(key, self._disk.entry(key), replace=replaces)
+                replace_it = self._order.rebuild or self._rejected is not None
+                self._store.publish(key, self._disk.entry(key), replace=replace_it)
                 self._store.forget(key)
         except StoreUnavailable as error:
             self._go_on_without_store(error)

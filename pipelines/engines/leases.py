@@ -80,12 +80,15 @@ class BuildLease:
         return True
 
     def release(self) -> None:
-        """Does nothing unless it is held. What cannot be deleted is over after its time."""
+        """Does nothing unless it is held. What cannot be deleted is over after its time, for which a
+        store that does not answer is waited for too."""
         if self._beats is None:
             return
         self._released.set()
-        self._beats.join()
+        self._beats.join(self._mine.lease_s)
         try:
+            if self._beats.is_alive():
+                raise StoreUnavailable("engine_store_unavailable", "it does not answer")
             if self._is_mine(self._read()):
                 with reached():
                     self._objects.delete(self._object_key)

@@ -12,15 +12,18 @@ Build = Callable[[Path], None]
 
 
 class Order(Struct, frozen=True, kw_only=True):
-    """What is wanted. key_parts: what the key is the hash of. build: fills the empty folder it is given.
-    label: which model it is for, for people. force: try again what failed a moment ago. may_build: if
-    not, it is an error that nobody has built it yet. on_wait: called when somebody else is at it."""
+    """What is wanted. key_parts: what the key is the hash of. build: fills the empty folder it is given,
+    and has the folder around it to itself meanwhile. label: which model it is for, for people. force: try
+    again what failed a moment ago. rebuild: take nothing that is there, and replace it here and in the
+    store. may_build: if not, it is an error that nobody has built it yet. on_wait: called when somebody
+    else is at it."""
 
     key: str
     key_parts: dict[str, object]
     build: Build
     label: str
     force: bool
+    rebuild: bool
     may_build: bool
     on_wait: Callable[[], None] | None
 

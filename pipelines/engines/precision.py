@@ -75,8 +75,9 @@ class Lowering:
         }
 
     @contextmanager
-    def graph(self) -> Iterator[Path]:
-        """What the backend compiles, for the length of the block. Raises InvalidModel."""
+    def graph(self, scratch: Path) -> Iterator[Path]:
+        """What the backend compiles, for the length of the block. scratch: a folder with room for it, where
+        nothing is left. Raises InvalidModel."""
         if self._accuracy is None or self._precision == "bfloat16":
             yield self._model
             return
@@ -84,7 +85,7 @@ class Lowering:
 
         from pipelines.engines.quantise import quantised
 
-        with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
+        with tempfile.TemporaryDirectory(prefix="graph-", dir=scratch) as folder:
             samples = read_samples(self._model.parent / self._accuracy.samples)
             dynamic = self._precision == "int8-dynamic"
             yield quantised(self._model, Path(folder), None if dynamic else samples)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from schemas.errors import InvalidModel
 
 _VNNI = {"avx512_vnni", "avx_vnni"}
 
+_tempdir = threading.Lock()
+
 
 def quantised(model: Path, folder: Path, samples: Sequence[Arrays] | None) -> Path:
-    """Write the graph in 8 bits into an empty folder.
+    """Write the graph in 8 bits into an empty folder, and what is needed on the way.
 
     samples: batches by whose range activations are quantised beforehand (static, by Q/DQ nodes);
     without, only weights are, and activations as they come (dynamic): for models made of MatMul,
@@ -34,18 +39,19 @@ def quantised(model: Path, folder: Path, samples: Sequence[Arrays] | None) -> Pa
         "use_external_data_format": True,  # or a graph of 2 GB could not be written
     }
     try:
-        quant_pre_process(
-            str(model), str(prepared), skip_symbolic_shape=True, save_as_external_data=True
-        )
-        if samples is None:
-            quantization.quantize_dynamic(str(prepared), str(written), **options)
-        else:
-            kinds = quantization.QuantType
-            activations = kinds.QInt8 if _is_arm() else kinds.QUInt8
-            reader = _reader(quantization, samples)
-            quantization.quantize_static(
-                str(prepared), str(written), reader, activation_type=activations, **options
+        with _temporary_files_in(folder):
+            quant_pre_process(
+                str(model), str(prepared), skip_symbolic_shape=True, save_as_external_data=True
             )
+            if samples is None:
+                quantization.quantize_dynamic(str(prepared), str(written), **options)
+            else:
+                kinds = quantization.QuantType
+                activations = kinds.QInt8 if _is_arm() else kinds.QUInt8
+                reader = _reader(quantization, samples)
+                quantization.quantize_static(
+                    str(prepared), str(written), reader, activation_type=activations, **options
+                )
     except OSError:  # such as a full disk: not the model's fault
         raise
     except Exception as error:
@@ -55,6 +61,18 @@ def quantised(model: Path, folder: Path, samples: Sequence[Arrays] | None) -> Pa
             " fit its inputs, or use another precision.",
         ) from error
     return written
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """The quantiser takes its temporary folders, as large as the model, from where Python's lie, and cannot
+    be told another place. For the whole process, so one at a time."""
+    with _tempdir:
+        usual, tempfile.tempdir = tempfile.tempdir, str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = usual
 
 
 def _reader(quantization: Any, samples: Sequence[Arrays]) -> Any:

@@ -18,13 +18,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import msgspec
 from msgspec import Struct
 
+from infra.logs import get_logger
 from infra.objects import ObjectExists, ObjectInfo, ObjectStore
 from pipelines.engines.failures import Failure
 from pipelines.engines.leases import BuildLease
@@ -51,10 +52,13 @@ AT_ONCE = 4
 """Pieces that are on their way at a time: while one is asked for or ends, the others keep the line busy."""
 
 AFTER_S = 0.01
-"""So much later than the requests for pieces their use is noted: they are not to wait for it."""
+"""So much later than the last piece the use is noted: what is made of the pieces is not to wait for it."""
 
 IN_USE_S = 3600.0
 """An entry that was built or fetched so recently, or a lease so young, is not pruned."""
+
+
+_log = get_logger("engines")
 
 
 class StoreEntry(Struct, frozen=True):
@@ -99,22 +103,24 @@ class EngineStore:
         """Raises Rejected."""
         return open_manifest(signed, key, self._keyring)
 
-    def download(self, manifest: Manifest, folder: Path) -> None:
-        """Write the files of a manifest that was checked. Raises Rejected if one is not as the manifest
-        says, and OSError; what is written then is worth nothing."""
+    def download(self, signed: bytes, key: str, folder: Path) -> None:
+        """Write the files of a manifest. Raises Rejected unless it and they are good, and OSError; what
+        is written then is worth nothing. A manifest with damaged files is taken away."""
         from concurrent.futures import ThreadPoolExecutor  # not at the top: see cache.py
 
         pieces = []
-        for name, file in manifest.files.items():
+        for name, file in self.check(signed, key).files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
             pieces += [(path, piece) for piece in _pieces(file)]
-        with ThreadPoolExecutor(AT_ONCE, "engine") as pool:
-            fetched = pool.map(lambda wanted: self._fetch(manifest.key, *wanted), pieces)
-            self._note_use(manifest.key)
-            for _ in fetched:
+        with (
+            self._withdrawn_if_damaged(key, signed),
+            ThreadPoolExecutor(AT_ONCE, "engine") as pool,
+        ):
+            for _ in pool.map(lambda wanted: self._fetch(key, *wanted), pieces):
                 pass  # the first that fails ends the rest
+        self._note_use(key)
 
     def publish(self, key: str, entry: Path, *, replace: bool = False) -> bool:
         """Copy an entry of this machine to the store. False: there is one already.
@@ -199,15 +205,17 @@ class EngineStore:
         return pruned
 
     def verify(self, key: str) -> str | None:
-        """What is wrong with the entry, which is read as a whole. It stays: the next machine that
-        builds the engine replaces it."""
+        """What is wrong with the entry, which is read as a whole. With damaged files it is withdrawn: a
+        builder that has the engine shares it again."""
         signed = self.manifest(key)
         try:
             if signed is None:
                 raise Rejected("it has no manifest")
-            for file in self.check(signed, key).files.values():
-                for piece in _pieces(file):
-                    self._copy(key, piece, io.BytesIO())
+            manifest = self.check(signed, key)
+            with self._withdrawn_if_damaged(key, signed):
+                for file in manifest.files.values():
+                    for piece in _pieces(file):
+                        self._copy(key, piece, io.BytesIO())
         except Rejected as reason:
             return str(reason)
         return None
@@ -219,9 +227,29 @@ class EngineStore:
             for info in list(self._objects.list(_name(key))):
                 self._objects.delete(info.key)
 
+    @contextmanager
+    def _withdrawn_if_damaged(self, key: str, signed: bytes) -> Iterator[None]:
+        """Take this manifest away if a piece of it is damaged: the fleet would find it good for ever.
+
+        One that is not believed stays, as it may only be this machine that lacks the key. One that took
+        its place meanwhile stays too; but for the moment between the two requests, which costs another
+        share. Who may only read the store can do nothing.
+        """
+        try:
+            yield
+        except Rejected as reason:
+            try:
+                if self.manifest(key) == signed:
+                    with reached():
+                        self._objects.delete(_name(key, MANIFEST))
+                    _log.warning("engine_store_entry_withdrawn", key=key, reason=str(reason))
+            except StoreUnavailable as error:
+                _log.warning("engine_store_entry_not_withdrawn", key=key, reason=str(error))
+            raise
+
     def _note_use(self, key: str) -> None:
-        """Leave a trace for `prune`, while the line is busy: nobody waits for it. Who may only read the
-        store leaves none."""
+        """Leave a trace for `prune`, of an engine that was found good: nobody waits for it. Who may only
+        read the store leaves none."""
 
         def touch() -> None:
             time.sleep(AFTER_S)

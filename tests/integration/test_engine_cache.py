@@ -18,7 +18,7 @@ from tests.servers.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
 LONG = os.environ.get("HEADRACE_FAULTS") == "long"
-MACHINES = 4
+MACHINES = 8
 
 MACHINE = """
 import json, pathlib, sys

@@ -31,6 +31,17 @@ def test_what_was_built_ahead_is_loaded_where_builds_must_not_run(
     Engines(cache).load(model, CONFIG, (1, 8), may_build=False).close()
 
 
+def test_an_engine_that_is_there_is_compiled_anew_where_that_is_asked_for(
+    classifier: MakeModel, cache: EngineCache
+) -> None:
+    origins = []
+    for rebuild in (False, True, False):
+        artefact = Engines(cache).build(classifier(), CONFIG, (1,), rebuild=rebuild)
+        origins.append(artefact.trace.origin)
+        artefact.release()
+    assert origins == ["built", "built", "local"]
+
+
 def test_an_engine_says_which_model_it_was_built_for(
     classifier: MakeModel, cache: EngineCache
 ) -> None:

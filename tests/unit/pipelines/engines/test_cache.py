@@ -219,7 +219,7 @@ def test_threads_racing_for_one_key_build_it_once(cache: EngineCache) -> None:
     build, waiting = Builder(), threading.Semaphore(0)
 
     def build_once_the_others_wait(into: Path) -> None:
-        assert all(waiting.acquire(timeout=30) for _ in range(3))
+        assert all(waiting.acquire(timeout=30) for _ in range(7))
         build(into)
 
     def ask(_: int) -> bool:
@@ -227,8 +227,8 @@ def test_threads_racing_for_one_key_build_it_once(cache: EngineCache) -> None:
             cache.get_or_build(PARTS, build_once_the_others_wait, on_wait=waiting.release)
         )
 
-    with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(ask, range(4))) == [True] * 4
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(ask, range(8))) == [True] * 8
     assert build.calls == 1
 
 
@@ -302,15 +302,31 @@ RACE = """if True:
 def test_processes_racing_for_one_key_build_it_once(
     cache: EngineCache, run_python: RunPython
 ) -> None:
-    racers = [run_python(RACE, cache.root) for _ in range(4)]
+    racers = [run_python(RACE, cache.root) for _ in range(8)]
     first_words = [racer.stdout.readline() for racer in racers if racer.stdout]
-    assert sorted(first_words) == ["building\n", *["waits\n"] * 3]
+    assert sorted(first_words) == ["building\n", *["waits\n"] * 7]
     for racer in racers:  # only the builder reads it
         assert racer.stdin
         racer.stdin.write("go\n")
         racer.stdin.flush()
     rests = [racer.communicate(timeout=60)[0] for racer in racers]
-    assert rests == [f"{len(CONTENT)}\n"] * 4
+    assert rests == [f"{len(CONTENT)}\n"] * 8
+    assert left_in_building(cache) == []
+
+
+def test_who_waits_beside_a_builder_that_is_killed_builds(
+    cache: EngineCache, run_python: RunPython
+) -> None:
+    killed = run_python(RACE, cache.root)
+    assert killed.stdout
+    assert killed.stdout.readline() == "building\n"
+    waiter = run_python(RACE, cache.root)
+    assert waiter.stdout
+    assert waiter.stdout.readline() == "waits\n"
+    killed.kill()
+    assert waiter.stdout.readline() == "building\n"
+    assert waiter.communicate("go\n", timeout=30)[0] == f"{len(CONTENT)}\n"
+    manifest.check(entry_of(cache), key_of(PARTS), Keyring(), full=True)
     assert left_in_building(cache) == []
 
 

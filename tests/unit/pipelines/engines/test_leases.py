@@ -100,6 +100,28 @@ def test_a_holder_that_lives_keeps_it(objects: FileObjects) -> None:
     holder.release()
 
 
+def test_a_store_that_hangs_is_not_waited_for_longer_than_the_lease(
+    objects: FileObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = BuildLease(objects, KEY, "one", 0.05)
+    assert lease.take()
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        hangs.set()
+        assert go_on.wait(PATIENCE_S)
+
+    monkeypatch.setattr(objects, "put", hang)
+    assert hangs.wait(PATIENCE_S)
+    releasing = threading.Thread(target=lease.release)
+    releasing.start()
+    releasing.join(PATIENCE_S / 2)
+    waits_on = releasing.is_alive()
+    go_on.set()
+    releasing.join()
+    assert not waits_on
+
+
 def test_a_builder_of_the_same_host_must_be_dead(objects: FileObjects, holder: BuildLease) -> None:
     """It held the lock of the key that this one holds now."""
     successor = BuildLease(objects, KEY, "one", LONG_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,30 @@ def test_a_builder_says_how_far_off_it_is(model: Path, cache: EngineCache) -> No
         load(model, config("int8"), cache)
     [line] = [line for line in said if "precision_compared" in line]
     assert "output 'y' on sample " in line
+
+
+@pytest.mark.parametrize("precision", INT8)
+def test_what_is_needed_on_the_way_lies_in_the_caches_folder(
+    model: Path,
+    cache: EngineCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
+) -> None:
+    """It is as large as the model, and the cache clears away what a killed builder leaves."""
+    used: list[Path] = []
+    mkdtemp = tempfile.mkdtemp
+
+    def note(*args: object, **options: object) -> str:
+        used.append(Path(mkdtemp(*args, **options)))  # type: ignore[call-overload]
+        return str(used[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", note)
+    load(model, config(precision), cache)
+    assert len(used) > 2, "the build's, ours, and those of the quantiser"
+    assert all(path.is_relative_to(cache.root / "building") for path in used)
+    assert list((cache.root / "building").iterdir()) == []
+    assert tempfile.gettempdir() not in map(str, used)
 
 
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────

@@ -283,7 +283,6 @@ def test_a_damaged_engine_of_the_store_is_built_anew_and_replaced(
 ) -> None:
     machine("a").get_or_build(PARTS, Builder()).release()
     damage(objects)
-    assert machine("x").store.verify(KEY)  # type: ignore[union-attr]
 
     build = Builder()
     artefact = machine("b").get_or_build(PARTS, build)
@@ -292,6 +291,108 @@ def test_a_damaged_engine_of_the_store_is_built_anew_and_replaced(
     assert len(logged(caplog, "engine_store_entry_rejected")) == 1
     assert machine("x").store.verify(KEY) is None  # type: ignore[union-attr]
     assert is_whole(machine("c").get_or_build(PARTS, never))
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_engine_of_the_store_is_shared_again_by_who_has_it(
+    machine: Machine, objects: Objects, damage: Callable[[Objects], object]
+) -> None:
+    """Found by a worker, who may not build: or none would ever be served."""
+    machine("a").get_or_build(PARTS, Builder()).release()
+    damage(objects)
+    with pytest.raises(Transient) as refused:
+        machine("b").get_or_build(PARTS, never, may_build=False)
+    assert refused.value.code == "engine_not_built"
+
+    assert machine("a").share(KEY)
+    assert not machine("a").share(KEY), "it is well now"
+
+    artefact = machine("b").get_or_build(PARTS, never, may_build=False)
+    assert is_whole(artefact)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_engine_that_verify_finds_is_shared_again_by_who_has_it(
+    machine: Machine, objects: Objects, damage: Callable[[Objects], object]
+) -> None:
+    machine("a").get_or_build(PARTS, Builder()).release()
+    damage(objects)
+    assert machine("x").store.verify(KEY)  # type: ignore[union-attr]
+    assert machine("a").share(KEY)
+    assert machine("x").store.verify(KEY) is None  # type: ignore[union-attr]
+
+
+def test_a_manifest_that_took_the_place_of_a_damaged_one_stays(
+    machine: Machine, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine("a").get_or_build(PARTS, Builder()).release()
+    blob(objects).unlink()
+    fetch = Objects.fetch
+
+    def overtaken(self: Objects, ref: Any) -> bytes:
+        monkeypatch.setattr(Objects, "fetch", fetch)
+        machine("c").get_or_build(PARTS, Builder(b"another build")).release()
+        return fetch(self, ref)
+
+    monkeypatch.setattr(Objects, "fetch", overtaken)
+    with pytest.raises(Transient):
+        machine("b").get_or_build(PARTS, never, may_build=False)
+    artefact = machine("b").get_or_build(PARTS, never, may_build=False)
+    assert is_whole(artefact, b"another build")
+
+
+def test_who_lacks_the_key_takes_no_manifest_away(machine: Machine) -> None:
+    """Or one machine with wrong settings would take the engines from the fleet."""
+    machine("a").get_or_build(PARTS, Builder()).release()
+    stranger = machine("b", Keyring({"k2": b"x" * 32}))
+    with pytest.raises(Transient):
+        stranger.get_or_build(PARTS, never, may_build=False)
+    assert stranger.store.verify(KEY)  # type: ignore[union-attr]
+    assert is_whole(machine("c").get_or_build(PARTS, never))
+
+
+def test_who_may_only_read_says_what_is_damaged_and_goes_on(
+    machine: Machine, objects: Objects, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine("a").get_or_build(PARTS, Builder()).release()
+    flip_a_bit(blob(objects))
+    objects.read_only = True
+    for _ in range(2):
+        with pytest.raises(Transient) as refused:
+            machine("b").get_or_build(PARTS, never, may_build=False)
+        assert refused.value.code == "engine_not_built"
+    assert len(logged(caplog, "engine_store_entry_rejected")) == 2
+    assert logged(caplog, "engine_store_entry_not_withdrawn") == ["read-only"] * 2
+    assert stored(objects) == {"manifest.json"}
+
+
+def test_what_is_built_anew_replaces_what_is_there(machine: Machine) -> None:
+    old = machine("a").get_or_build(PARTS, Builder(b"old"))
+    machine("b").get_or_build(PARTS, never).release()
+
+    with (old.path / "engine.bin").open("rb") as loaded:
+        new = machine("b").get_or_build(PARTS, Builder(b"new"), rebuild=True)
+        assert new.trace.origin == "built"
+        again = machine("a").get_or_build(PARTS, Builder(b"newer"), rebuild=True)
+        assert loaded.read() == b"old", "who holds the old one keeps it"
+    old.release()
+
+    assert is_whole(new, b"new")
+    assert is_whole(again, b"newer")
+    assert is_whole(machine("a").get_or_build(PARTS, never), b"newer")
+    assert is_whole(machine("c").get_or_build(PARTS, never), b"newer")
+
+
+def test_what_cannot_be_built_anew_stays_as_it_was(machine: Machine) -> None:
+    def fail(into: Path) -> None:
+        raise InvalidModel("unusable_onnx", "Expected a model, got none.")
+
+    machine("a").get_or_build(PARTS, Builder()).release()
+    for _ in range(2):
+        with pytest.raises(InvalidModel, match=r"got none\.$"):
+            machine("a").get_or_build(PARTS, fail, rebuild=True)
+    assert is_whole(machine("a").get_or_build(PARTS, never))
+    assert is_whole(machine("b").get_or_build(PARTS, never))
 
 
 def test_an_engine_by_a_wrong_key_is_never_read(
@@ -340,7 +441,7 @@ def test_machines_that_start_at_once_build_once(machine: Machine) -> None:
     build, waiting = Builder(), threading.Semaphore(0)
 
     def build_once_the_others_wait(into: Path) -> None:
-        assert all(waiting.acquire(timeout=30) for _ in range(3))
+        assert all(waiting.acquire(timeout=30) for _ in range(7))
         build(into)
 
     def ask(number: int) -> tuple[str, bool]:
@@ -349,9 +450,9 @@ def test_machines_that_start_at_once_build_once(machine: Machine) -> None:
         )
         return artefact.trace.origin, is_whole(artefact)
 
-    with ThreadPoolExecutor(4) as threads:
-        answers = list(threads.map(ask, range(4)))
-    assert sorted(answers) == [("built", True), *[("store", True)] * 3]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(ask, range(8)))
+    assert sorted(answers) == [("built", True), *[("store", True)] * 7]
     assert build.calls == 1
 
 
@@ -513,6 +614,21 @@ def test_a_fetch_counts_as_use(shared: EngineStore, machine: Machine) -> None:
     until(lambda: shared.entries()[0].key != key_of({"days": 3}))
     shared.prune(unused_s=1.5 * DAY_S)
     assert left(shared) == [0, 1, 3]
+
+
+def test_a_fetch_that_finds_it_damaged_counts_as_none(
+    machine: Machine, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a broken engine that everybody asks for would be the last to be pruned."""
+    noted: list[str] = []
+    monkeypatch.setattr(EngineStore, "_note_use", lambda self, key: noted.append(key))
+    machine("a").get_or_build(PARTS, Builder()).release()
+    machine("b").get_or_build(PARTS, never).release()
+    assert noted == [KEY]
+    flip_a_bit(blob(objects))
+    with pytest.raises(Transient):
+        machine("c").get_or_build(PARTS, never, may_build=False)
+    assert noted == [KEY]
 
 
 def test_what_builders_left_unfinished_is_pruned_when_it_is_old(
