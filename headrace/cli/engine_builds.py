@@ -1,8 +1,10 @@
-"""What `headrace engines build` and `prewarm` do: see that models' engines are in the cache."""
+"""What `headrace engines build` and `prewarm` do: see that models' engines are in the cache, and that they run."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 from msgspec import Struct
@@ -13,6 +15,7 @@ from pipelines.build import Wanted, engines_of, see_built
 from pipelines.bundle import Bundle
 from pipelines.engines import Engines
 from pipelines.engines.build_log import shown
+from pipelines.load import load_model
 from schemas.errors import InvalidJob, PipelineError
 
 
@@ -29,6 +32,14 @@ class Built(Struct, frozen=True, kw_only=True):
     build_s: float = 0.0
     publish_s: float = 0.0
     store_fault: str | None = None
+    error: str | None = None
+
+
+class Warmed(Struct, frozen=True, kw_only=True):
+    """A model that was loaded and run once for each bucket. error: why it could not be."""
+
+    model: str
+    warm_s: float = 0.0
     error: str | None = None
 
 
@@ -53,6 +64,30 @@ def build_all(
             on_wait = _waiting(lambda text: bar.update(task, description=text), engine.label)
             yield _build(engine, engines, target, force, on_wait)
             bar.advance(task)
+
+
+def warm_all(wanted: list[Wanted], engines: Engines, budget_bytes: int) -> Iterator[Warmed]:
+    """Each model once, as a worker on this machine would, whose engines are all there: what is compiled for its
+    driver when an engine first runs is kept then too. budget_bytes: what a worker may hold in engines."""
+    bundles = {one.bundle.digest: one.bundle for one in wanted}
+    with progress_bar() as bar:
+        task = bar.add_task("", total=len(bundles))
+        for bundle in bundles.values():
+            name = f"{bundle.config.name}/{bundle.config.version}"
+            bar.update(task, description=f"{name}: warm up")
+            yield _warm(name, bundle, engines, budget_bytes)
+            bar.advance(task)
+
+
+def _warm(name: str, bundle: Bundle, engines: Engines, budget_bytes: int) -> Warmed:
+    began = time.monotonic()
+    try:
+        model = load_model(bundle, engines, budget_bytes=budget_bytes, may_build=False)
+        with closing(model):
+            model.warm()
+    except PipelineError as error:
+        return Warmed(model=name, error=f"{error.code}: {error.message}")
+    return Warmed(model=name, warm_s=round(time.monotonic() - began, 6))
 
 
 def _build(

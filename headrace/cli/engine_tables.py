@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from headrace.cli.engine_builds import Built
+from headrace.cli.engine_builds import Built, Warmed
 from pipelines.engines.inventory import EngineInfo
 
 SHORT = 16
@@ -70,6 +70,13 @@ def outcome(built: Built) -> str:
     shared = ", copied to the store" if built.shared else ""
     fault = f" (the store could not be used: {built.store_fault})" if built.store_fault else ""
     return f"{built.engine}: {built.key[:SHORT]} {how}{shared}{fault}"
+
+
+def warmth(warmed: Warmed) -> str:
+    """One line of `prewarm`."""
+    if warmed.error:
+        return f"{warmed.model}: does not run: {warmed.error}"
+    return f"{warmed.model}: loaded and warmed up in {warmed.warm_s:.2f} s"
 
 
 def _when(seconds: float) -> str:

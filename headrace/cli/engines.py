@@ -19,6 +19,7 @@ from schemas.errors import InvalidJob
 
 if TYPE_CHECKING:
     from infra.catalogue import Catalogue
+    from pipelines.build import Wanted
     from pipelines.engines import EngineCache, Engines
     from pipelines.engines.inventory import EngineInfo
     from pipelines.engines.manifest import Manifest
@@ -122,7 +123,10 @@ def build(
 
     With keys to sign them, they are copied to the object store. Exit code 2: one cannot be built.
     """
-    _build(models, data, json, backend, target, force)
+    from headrace.cli.engine_builds import wanted
+
+    named = wanted(models, _catalogue(data), backend)
+    _build(named, _engines(data), json, target, force)
 
 
 @app.command()
@@ -135,11 +139,26 @@ def prewarm(
     json: Json = False,
     data: Data = None,
 ) -> None:
-    """Have this machine ready for the installed models: fetch their engines, or compile them.
+    """Have this machine ready for the installed models: fetch their engines, or compile them, and run each once.
 
-    Run with a new driver or version before its rollout, it has the fleet's engines ready too.
+    Run with a new version of a backend before its rollout, it has the fleet's engines ready too. What is
+    compiled for a driver is compiled by the first runs, so run it with a new driver on each machine.
     """
-    _build(models or _installed(data), data, json)
+    from headrace.cli.engine_builds import wanted, warm_all
+    from headrace.cli.engine_tables import warmth
+
+    named = wanted(models or _installed(data), _catalogue(data), None)
+    engines = _engines(data)
+    _build(named, engines, json)
+    failed = False
+    for warmed in warm_all(named, engines, settings_for(data).worker.memory_bytes):
+        failed |= warmed.error is not None
+        if json:
+            print_json(warmed, line=True)
+        else:
+            output.print(warmth(warmed), markup=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()
@@ -308,19 +327,18 @@ def _installed(data: Path | None) -> list[str]:
 
 
 def _build(
-    models: Sequence[str],
-    data: Path | None,
+    named: list[Wanted],
+    engines: Engines,
     json: bool,
-    backend: str | None = None,
     target: str | None = None,
     force: bool = False,
 ) -> None:
-    from headrace.cli.engine_builds import build_all, wanted
+    """Exits where one cannot be built."""
+    from headrace.cli.engine_builds import build_all
     from headrace.cli.engine_tables import outcome
 
-    named = wanted(models, _catalogue(data), backend)
     failed = False
-    for built in build_all(named, _engines(data), target=target, force=force):
+    for built in build_all(named, engines, target=target, force=force):
         failed |= built.error is not None
         if json:
             print_json(built, line=True)

@@ -13,10 +13,12 @@ import pytest
 from onnx import TensorProto, helper
 from typer.testing import CliRunner, Result
 
+from headrace.cli import engine_builds
 from headrace.cli.engines import app
 from headrace.cli.models import app as models_app
 from infra.objects.files import FileObjects
 from pipelines.engines.onnxruntime import OnnxRuntime
+from schemas.errors import PipelineError
 
 MODEL_YAML = """\
 name: {name}
@@ -106,6 +108,21 @@ def test_an_engine_is_built_listed_shown_verified_and_pruned(
     assert "There are no engines" in words(run("list"))
 
 
+def test_prewarming_shows_that_an_engine_does_not_run(
+    run: Run, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PipelineError("device_missing", "Expected a GPU, there is none; add one.")
+
+    run("add", make_bundle(), models=True)
+    monkeypatch.setattr(engine_builds, "load_model", refuse)
+    done = run("prewarm")
+    assert done.exit_code == 2
+    assert done.stdout.splitlines()[-1].startswith(
+        "tiny/1: does not run: device_missing: Expected a GPU"
+    )
+
+
 def test_what_is_there_is_not_built_again_unless_it_is_forced(
     run: Run, make_bundle: MakeBundle
 ) -> None:
@@ -120,10 +137,15 @@ def test_prewarm_takes_every_installed_model(run: Run, make_bundle: MakeBundle) 
     assert "No model is installed" in words(run("prewarm"))
     folders = [make_bundle("one"), make_bundle("two", "Neg")]
     assert run("add", *folders, models=True, machine="another").exit_code == 0
-    lines = run("prewarm", "--json").stdout.splitlines()
-    assert [json.loads(line)["engine"] for line in lines] == ["one/1 main", "two/1 main"]
-    [line] = run("prewarm", "two/1", "--json").stdout.splitlines()
-    assert json.loads(line)["origin"] == "local"
+    lines = [json.loads(line) for line in run("prewarm", "--json").stdout.splitlines()]
+    assert [line["engine"] for line in lines[:2]] == ["one/1 main", "two/1 main"]
+    assert [(line["model"], line["error"]) for line in lines[2:]] == [
+        ("one/1", None),
+        ("two/1", None),
+    ]
+    first, second = run("prewarm", "two/1").stdout.splitlines()
+    assert "was here already" in first
+    assert second.startswith("two/1: loaded and warmed up in ")
     assert "no model 'three'" in refused(run("prewarm", "three")).casefold()
     assert "NAME/VERSION" in refused(run("prewarm", "two/x"))
 

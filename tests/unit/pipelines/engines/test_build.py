@@ -82,6 +82,21 @@ def test_an_engine_for_another_device_is_another_engine(
     assert artefacts[1].path == artefacts[3].path
 
 
+def test_a_new_version_of_a_backend_is_built_for_beside_the_one_in_use(
+    classifier: MakeModel, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a rollout finds its engines ready, and a rollback its own."""
+    model = classifier()
+    monkeypatch.setattr(Backends, "_make", lambda self, name: ForAnyDevice())
+    old = Engines(cache).build(model, CONFIG, (1,))
+    monkeypatch.setattr(ForAnyDevice, "version", "2")
+    new = Engines(cache).build(model, CONFIG, (1,))
+    monkeypatch.setattr(ForAnyDevice, "version", "1")
+    again = Engines(cache).build(model, CONFIG, (1,))
+    assert [one.trace.origin for one in (old, new, again)] == ["built", "built", "local"]
+    assert old.path == again.path != new.path
+
+
 def test_a_backend_that_knows_this_machine_alone_refuses_others(
     classifier: MakeModel, cache: EngineCache
 ) -> None:
