@@ -56,7 +56,11 @@ class Backends:
             from pipelines.engines.tensorrt import TensorRT
 
             return TensorRT(name, self._tensorrt, self._machine_cache)
-        raise InvalidModel("unknown_backend", f"Expected {', '.join(PRECISIONS)}, got {name!r}.")
+        raise InvalidModel(
+            "unknown_backend",
+            f"Expected {', '.join(PRECISIONS)}, got {name!r}; name one of them as `backend` in"
+            " model.yaml, or after --backend.",
+        )
 
 
 @runtime_checkable

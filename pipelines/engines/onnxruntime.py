@@ -8,6 +8,7 @@ same. What is packed fits one instruction set, hence the fingerprint.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +44,14 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _FATAL = 4  # errors come as exceptions; the library would print each a second time
 _OUT_OF_DEVICE_MEMORY = ("out of memory", "ALLOC_FAILED", "smaller than requested bytes")
 _DISK_FULL = ("Failed to write external initializers", "Protobuf serialization failed")
-_UNSUPPORTED = ("is not a registered function/op", "NOT_IMPLEMENTED")
+UNSUPPORTED = re.compile(
+    r"No Op registered for \w+"
+    r"|Op registered for \w+ is deprecated"
+    r"|\S+ is not a registered function/op"
+    r"|NOT_IMPLEMENTED : (.*?\w+\(\d+\)|.*)"
+)
+"""In the words of ONNX Runtime and onnx.checker, up to the operator's name: what follows may be the node's, which
+often has names of others in it."""
 
 
 class OnnxRuntime:
@@ -60,6 +68,15 @@ class OnnxRuntime:
 
     def compile(self, model: Path, profile: Profile, into: Path) -> None:
         """Any shape fits what is written, so the profile is not looked at."""
+        from pipelines.engines.build_log import compiling  # not at the top: see cache.py
+
+        with compiling(into, backend=self.name) as facts:
+            self._save_optimised(model, into)
+            facts["nodes"] = _node_count(model)
+            facts["optimised_nodes"] = _node_count(into / MODEL_FILE)
+            self.load(into, threads=1).close()
+
+    def _save_optimised(self, model: Path, into: Path) -> None:
         options = session_options(threads=1)
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.optimized_model_filepath = str(into / MODEL_FILE)
@@ -70,7 +87,6 @@ class OnnxRuntime:
             options.add_session_config_entry(key, value)
         session = open_session(model, options, [CPU])
         _drop_dangling_inputs(into / MODEL_FILE, {spec.name for spec in session.get_inputs()})
-        self.load(into, threads=1).close()
 
     def load(self, artefact: Path, *, threads: int) -> Engine:
         options = session_options(threads)
@@ -147,6 +163,13 @@ def open_session(model: Path, options: Any, providers: Sequence[object]) -> Any:
         raise _translated(error, model) from error
 
 
+def _node_count(model: Path) -> int:
+    """Of an ONNX file that is one, for people: without those inside of branches and loops."""
+    import onnx
+
+    return len(onnx.load(model, load_external_data=False).graph.node)
+
+
 def _drop_dangling_inputs(model: Path, names: set[str]) -> None:
     """Take from the saved graph the inputs that are none.
 
@@ -183,8 +206,8 @@ def _translated(error: Exception, model: Path) -> PipelineError:
             f"Expected room on disk for the compiled {model.name}, ONNX Runtime says: {error}; "
             "free some space or give the engine cache another folder.",
         )
-    if _says(_UNSUPPORTED, error):
-        return unsupported_operators(model, "ONNX Runtime", str(error))
+    if unsupported := UNSUPPORTED.search(str(error)):
+        return unsupported_operators(model, "ONNX Runtime", unsupported[0])
     return InvalidModel(
         "unusable_onnx",
         f"Expected an ONNX model that ONNX Runtime can load, for {model.name} it says: {error}; "

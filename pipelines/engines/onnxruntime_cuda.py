@@ -19,12 +19,14 @@ from pipelines.engines.engine import Array, Arrays, Engine, Profile
 from pipelines.engines.onnxruntime import (
     CPU,
     MODEL_FILE,
+    UNSUPPORTED,
     WEIGHTS_FILE,
     OnnxRuntimeEngine,
     import_onnxruntime,
     open_session,
     session_options,
 )
+from pipelines.engines.operators import unsupported_operators
 from schemas.errors import DEVICE_FAILED, InferenceFailed, InvalidModel, PipelineError, Transient
 
 CUDA = "CUDAExecutionProvider"
@@ -74,15 +76,21 @@ class OnnxRuntimeCuda:
         """Any shape fits what is written, so the profile is not looked at."""
         import onnx
 
+        from pipelines.engines.build_log import compiling  # not at the top: see cache.py
+
         try:
             onnx.checker.check_model(str(model))
             proto = onnx.load(str(model))
         except Exception as error:  # protobuf's own DecodeError, whichever implementation is in use
+            if unsupported := UNSUPPORTED.search(str(error)):
+                raise unsupported_operators(model, "ONNX", unsupported[0]) from error
             raise InvalidModel(
                 "unusable_onnx",
                 f"Expected an ONNX model, of {model.name} onnx.checker says: {error}; export it anew.",
             ) from error
-        onnx.save(proto, str(into / MODEL_FILE), save_as_external_data=True, location=WEIGHTS_FILE)
+        with compiling(into, backend=self.name, nodes=len(proto.graph.node)):
+            path = str(into / MODEL_FILE)
+            onnx.save(proto, path, save_as_external_data=True, location=WEIGHTS_FILE)
 
     def load(self, artefact: Path, *, threads: int) -> Engine:
         """threads: for the few operators that stay on the CPU.

@@ -63,17 +63,27 @@ class OpenVino:
 
     def compile(self, model: Path, profile: Profile, into: Path) -> None:
         """Any shape fits what is written, so buckets and ranges are not looked at."""
+        from pipelines.engines.build_log import compiling  # not at the top: see cache.py
+
         self._expect_precision(profile.precision)
+        with compiling(into, backend=self.name, precision=profile.precision) as facts:
+            self._save_compiled(model, profile.precision, into, facts)
+            self.load(into, threads=1).close()
+
+    def _save_compiled(
+        self, model: Path, precision: Precision, into: Path, facts: dict[str, object]
+    ) -> None:
         graph, inputs, outputs = read_graph(self._core, model)
         try:
-            compiled = self._core.compile_model(graph, "CPU", _precision(profile.precision))
+            compiled = self._core.compile_model(graph, "CPU", _precision(precision))
             blob = compiled.export_model().getbuffer()
         except Exception as error:
             raise _translated(error, "engine_build_failed", f"compiling {model.name}") from error
-        signature = Signature(profile.precision, inputs, outputs)
+        facts["nodes"] = len(graph.get_ops())
+        facts["optimised_nodes"] = len(compiled.get_runtime_model().get_ops())
+        signature = Signature(precision, inputs, outputs)
         (into / BLOB_FILE).write_bytes(blob)
         (into / SIGNATURE_FILE).write_bytes(msgspec.json.encode(signature))
-        self.load(into, threads=1).close()
 
     def load(self, artefact: Path, *, threads: int) -> Engine:
         """threads: every CPU anyway, since runs take turns (see OpenVinoEngine)."""

@@ -17,7 +17,6 @@ from infra.settings import TensorRTSettings
 from pipelines.engines.cuda import Device, open_cuda
 from pipelines.engines.engine import Engine, Profile
 from pipelines.engines.machine_cache import Entry, MachineCache
-from pipelines.engines.tensorrt_build import build_plan
 from pipelines.engines.tensorrt_library import import_library, started
 from pipelines.engines.tensorrt_load import Validity, load_plan, validity_of
 from schemas.errors import InvalidModel
@@ -86,15 +85,22 @@ class TensorRT:
 
     def compile(self, model: Path, profile: Profile, into: Path) -> None:
         """TensorRT needs the GPU for it; TensorRT-RTX only to find out which it is."""
-        if self._library.is_rtx:
-            targets = self._targets()
-            plan = build_plan(self._library, model, profile, self._settings, targets=targets)
-        else:
-            cuda = open_cuda()
-            timings = self._timings(cuda.device())
-            with cuda.working():
-                plan = build_plan(self._library, model, profile, self._settings, timings=timings)
-        (into / PLAN_FILE).write_bytes(plan)
+        from pipelines.engines.build_log import compiling  # not at the top: see cache.py
+        from pipelines.engines.tensorrt_build import build_plan
+
+        with compiling(into, backend=self.name, buckets=profile.buckets) as facts:
+            if self._library.is_rtx:
+                facts["targets"] = targets = self._targets()
+                plan = build_plan(self._library, model, profile, self._settings, targets=targets)
+            else:
+                cuda = open_cuda()
+                facts["device"] = device = cuda.device()
+                timings = self._timings(device)
+                with cuda.working():
+                    plan = build_plan(
+                        self._library, model, profile, self._settings, timings=timings
+                    )
+            (into / PLAN_FILE).write_bytes(plan)
 
     def validity(self, artefact: Path) -> Validity:
         """Whether `load` would take it here, as far as can be told without loading."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.settings import TensorRTSettings
+from pipelines.engines.build_log import tell
 from pipelines.engines.engine import Profile
 from pipelines.engines.machine_cache import Entry
 from pipelines.engines.tensorrt_library import Library, checked, errors, started
@@ -36,8 +37,10 @@ def build_plan(
         _set_options(library, config, settings)
         if library.is_rtx:
             _set_targets(library, config, targets)
-        for shapes in profile_shapes(network, profile, model):
+        profiles = profile_shapes(network, profile, model)
+        for shapes in profiles:
             _add_profile(builder, config, shapes)
+        tell("network_parsed", layers=network.num_layers, profiles=len(profiles))
         timing_cache = _use_timings(config, timings)
         plan = builder.build_serialized_network(network, config)
         del parser

@@ -25,6 +25,17 @@ _OUT_OF_MEMORY = (
 )
 """In the words of TensorRT, of CUDA's driver and runtime, of cuBLAS and cuDNN, and of C++."""
 
+_REMEDIES = {
+    "engine_build_failed": "raise HEADRACE_ENGINES__TENSORRT__WORKSPACE_BYTES where it is set, export the"
+    " graph with other operators, or use the backend onnxruntime",
+    "engine_unusable": "build it again on this machine (`headrace engines build --force`), or update a"
+    " driver that is older than its builder's",
+    "engine_failed": "check the shapes that preprocessing makes against the model",
+    "device_missing": "see with nvidia-smi that the GPU is there, and its driver as new as the"
+    " library's CUDA",
+}
+"""By code, what to do."""
+
 _log = get_logger("engines.tensorrt")
 _loggers: list[Any] = []
 """For good: a library goes on calling the first one it was given, whoever else drops it."""
@@ -82,6 +93,10 @@ def _hear(severity: str, message: str) -> None:
                 listener.append(message)
         case "WARNING":
             _log.warning("tensorrt_says", message=message)
+        case "INFO" if message.strip("-"):  # it draws lines too
+            from pipelines.engines.build_log import tell  # not at the top: see cache.py
+
+            tell("tensorrt_says", message=message)
         case _:
             _log.debug("tensorrt_says", severity=severity, message=message)
 
@@ -113,7 +128,7 @@ def started(library: Library, name: str) -> Any:
 def checked(answer: Any, doing: str, said: list[str], error: type[PipelineError], code: str) -> Any:
     """The answer of a call; if it is None or False, the call failed.
 
-    Raises DeviceOutOfMemory if that is why, else `error`.
+    Raises DeviceOutOfMemory if that is why, else `error` with the code, which is one of _REMEDIES.
     """
     if answer is not None and answer is not False:
         return answer
@@ -123,4 +138,4 @@ def checked(answer: Any, doing: str, said: list[str], error: type[PipelineError]
             f"Expected enough memory on the GPU for {doing}, TensorRT says: {reason}; "
             "use smaller buckets, fewer slots or a larger GPU."
         )
-    raise error(code, f"Expected {doing} to succeed, TensorRT says: {reason}.")
+    raise error(code, f"Expected {doing} to succeed, TensorRT says: {reason}; {_REMEDIES[code]}.")

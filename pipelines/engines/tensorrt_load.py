@@ -64,7 +64,9 @@ def _deserialized(library: Library, runtime: Any, path: Path) -> Any:
             plan = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:  # an empty file
             raise InvalidModel(
-                "engine_unusable", f"Expected {doing} to succeed: {error}."
+                "engine_unusable",
+                f"Expected {doing} to succeed, the file says: {error}; build it again on this machine"
+                " (`headrace engines build --force`).",
             ) from error
         with plan:
             validity_of(library, runtime, file).refuse_bad(path.name)

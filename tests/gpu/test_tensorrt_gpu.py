@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipelines.engines.precision import difference
 from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
 from schemas.errors import InvalidModel, PipelineError
 from schemas.models import ShapeRange
+from tests.servers.process import NOT_TESTED
 
 ROOT = Path(__file__).parents[2]
 BUCKETS = (1, 2, 4, 8)
@@ -107,17 +109,23 @@ def test_batches_of_any_size_agree_with_onnx_runtime(
     expect_agreement(engine.run(inputs), reference(classifier, tmp_path / "ort", inputs))
 
 
-def test_answers_agree_with_torch(engine: Engine) -> None:
-    torch = pytest.importorskip("torch")
+@pytest.fixture
+def torch() -> ModuleType:
+    why = f"{NOT_TESTED} torch: it is not installed, or its libraries are not"
+    return pytest.importorskip("torch", reason=why, exc_type=ImportError)
+
+
+def test_answers_agree_with_torch(engine: Engine, torch: ModuleType) -> None:
     x, (first, second) = rows(8), map(torch.from_numpy, weights())
     expected = torch.relu(torch.from_numpy(x) @ first) @ second
     expect_agreement(engine.run({"x": x}), {"y": expected.numpy()})
 
 
-def test_torch_and_the_engine_share_the_device_and_its_context(engine: Engine) -> None:
-    torch = pytest.importorskip("torch")
+def test_torch_and_the_engine_share_the_device_and_its_context(
+    engine: Engine, torch: ModuleType
+) -> None:
     if not torch.cuda.is_available():
-        pytest.skip("torch has no CUDA here")
+        pytest.skip(f"{NOT_TESTED} torch on the GPU: the one that is here has no CUDA")
     first = torch.from_numpy(weights()[0]).cuda()
     for seed in range(20):
         x = rows(8, seed)

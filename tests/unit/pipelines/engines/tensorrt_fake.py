@@ -224,9 +224,18 @@ RTX_ONLY = {
 """By class, what the classic library does not have; None: the whole class."""
 
 
+class ErrorCode(enum.Enum):
+    """Of the parser."""
+
+    INVALID_NODE, UNSUPPORTED_NODE, UNSUPPORTED_NODE_ATTR = range(3)
+
+
 class ILogger:
     class Severity(enum.IntEnum):
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    def __init__(self) -> None:
+        pass
 
     def log(self, severity: Any, msg: str) -> None:
         raise NotImplementedError
@@ -250,7 +259,7 @@ class Gpu(SimpleNamespace):
     """What the classes below share. cuda: where tensors lie. compute: inputs to outputs, by name. says:
     what the next failing call logs. broken: names of calls that fail. most_rows: in more it is out of
     memory. most_contexts: that there may be. on_host: names of tensors that lie there. configs, builds: what
-    engines and builders were told."""
+    engines and builders were told. refused: what the parser finds wrong."""
 
 
 class Runtime:
@@ -258,8 +267,16 @@ class Runtime:
 
     def __init__(self, logger: ILogger) -> None:
         _expect_start(self.gpu, logger)
-        self.engine_host_code_allowed = False
+        self._host_code = False
         self._logger = logger
+
+    @property
+    def engine_host_code_allowed(self) -> bool:
+        return self._host_code
+
+    @engine_host_code_allowed.setter
+    def engine_host_code_allowed(self, allowed: bool) -> None:
+        self._host_code = allowed
 
     @property
     def engine_header_size(self) -> int:
@@ -484,6 +501,8 @@ class Builder:
     def build_serialized_network(
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> bytes | None:
+        self._logger.log(ILogger.Severity.VERBOSE, "Tactic: 0x1 Time: 0.01")
+        self._logger.log(ILogger.Severity.INFO, "Engine generation completed in 0.3 seconds.")
         failed = _fails(self.gpu, "build_serialized_network", self._logger)
         return None if failed else b"a plan"
 
@@ -491,6 +510,10 @@ class Builder:
 class INetworkDefinition:
     def __init__(self, gpu: Gpu) -> None:
         self._inputs, self._outputs = gpu.network
+
+    @property
+    def num_layers(self) -> int:
+        return 7
 
     @property
     def num_inputs(self) -> int:
@@ -531,11 +554,42 @@ class ITensor:
 
 
 class OnnxParser:
+    gpu: Gpu
+
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         pass
 
     def parse_from_file(self, model: str) -> bool:
-        return True
+        return not self.gpu.refused
+
+    @property
+    def num_errors(self) -> int:
+        return len(self.gpu.refused)
+
+    def get_error(self, index: int) -> ParserError:
+        error: ParserError = self.gpu.refused[index]
+        return error
+
+
+class ParserError:
+    def __init__(self, code: ErrorCode, desc: str, node: int, operator: str, name: str) -> None:
+        """node: its number, -1 where the error is of none."""
+        self._told = code, desc, node, operator, name
+
+    def code(self) -> ErrorCode:
+        return self._told[0]
+
+    def desc(self) -> str:
+        return self._told[1]
+
+    def node(self) -> int:
+        return self._told[2]
+
+    def node_operator(self) -> str:
+        return self._told[3]
+
+    def node_name(self) -> str:
+        return self._told[4]
 
 
 class IOptimizationProfile:
@@ -554,6 +608,7 @@ class IBuilderConfig:
         self.told_pools: dict[MemoryPoolType, int] = {}
         self.told_profiles: list[IOptimizationProfile] = []
         self.told_timings: list[bytes] = []
+        self.told_targets = [ComputeCapability.CURRENT]
         self._level, self._hardware = 3, HardwareCompatibilityLevel.NONE
 
     @property
@@ -571,6 +626,18 @@ class IBuilderConfig:
     @hardware_compatibility_level.setter
     def hardware_compatibility_level(self, level: HardwareCompatibilityLevel) -> None:
         self._hardware = level
+
+    @property
+    def num_compute_capabilities(self) -> int:
+        return len(self.told_targets)
+
+    @num_compute_capabilities.setter
+    def num_compute_capabilities(self, count: int) -> None:
+        self.told_targets = [ComputeCapability.NONE] * count
+
+    def set_compute_capability(self, compute_capability: ComputeCapability, index: int) -> bool:
+        self.told_targets[index] = compute_capability
+        return True
 
     def set_flag(self, flag: BuilderFlag) -> None:
         self.told_flags.add(flag)
@@ -614,10 +681,14 @@ CLASSES: tuple[type, ...] = (
     MemoryPoolType,
     *(HardwareCompatibilityLevel, ExecutionContextAllocationStrategy, ComputeCapability),
     *(EngineValidity, EngineInvalidityDiagnostics, DynamicShapesKernelSpecializationStrategy),
+    *(ErrorCode, ILogger.Severity),
     *(ILogger, Runtime, ICudaEngine, IRuntimeConfig, IRuntimeCache, IExecutionContext),
-    *(Builder, INetworkDefinition, ITensor, OnnxParser, IOptimizationProfile),
+    *(Builder, INetworkDefinition, ITensor, OnnxParser, ParserError, IOptimizationProfile),
     *(IBuilderConfig, ITimingCache),
 )
+
+CONSTRUCTED = {ILogger, Runtime, Builder, OnnxParser}
+"""By headrace; the library makes the others, so that how the fakes of those are made is their own affair."""
 
 
 def fake_tensorrt(cuda: FakeCuda, compute: Compute = double, *, is_rtx: bool = False) -> Any:
@@ -642,10 +713,11 @@ def fake_tensorrt(cuda: FakeCuda, compute: Compute = double, *, is_rtx: bool = F
         contexts=weakref.WeakSet(),
         most_contexts=1000,
         on_host=(),
+        refused=[],
         host_code=None,
     )
     members: dict[str, Any] = {cls.__name__: cls for cls in CLASSES}
-    members["Runtime"] = type("Runtime", (Runtime,), {"gpu": gpu})
-    members["Builder"] = type("Builder", (Builder,), {"gpu": gpu})
+    for cls in (Runtime, Builder, OnnxParser):
+        members[cls.__name__] = type(cls.__name__, (cls,), {"gpu": gpu})
     name = "tensorrt_rtx" if is_rtx else "tensorrt"
     return SimpleNamespace(__name__=name, __version__="11.4.0.106", gpu=gpu, **members)

@@ -21,7 +21,11 @@ from tests.unit.pipelines.engines.tensorrt_fake import FakeCuda
 
 HERE = Path(__file__).parent
 LIBRARIES = {
-    "pycuda": "from pipelines.engines.cuda_pycuda import PyCuda as Library",
+    "pycuda": """if True:
+    import os, sys
+    sys.setdlopenflags(os.RTLD_LAZY)  # or each function that pycuda knows would have to be there
+    from pipelines.engines.cuda_pycuda import PyCuda as Library
+""",
     "cuda": "from pipelines.engines.cuda_bindings import CudaBindings as Library",
 }
 
@@ -167,9 +171,10 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_executor_needs_of_cuda(driver: Path, library: str) -> None:
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{NOT_TESTED} {library}: it is not installed")
+    toolkit = os.environ.get("LD_LIBRARY_PATH", "/nowhere")  # pycuda wants its cuRAND
     done = subprocess.run(
         [sys.executable, "-c", "\n".join([LIBRARIES[library], *SCRIPTS])],
-        env=os.environ | {"LD_LIBRARY_PATH": str(driver)},
+        env=os.environ | {"LD_LIBRARY_PATH": f"{driver}:{toolkit}"},
         capture_output=True,
         text=True,
         check=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from pipelines.engines import EngineCache, Engines
 from pipelines.engines.engine import DeviceOutOfMemory, Profile
+from pipelines.engines.manifest import check
 from pipelines.engines.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 from schemas.errors import InvalidModel
+from schemas.models import EngineConfig
 
 MakeModel = Callable[..., Path]
 PROFILE = Profile(buckets=(1, 8))
@@ -132,6 +136,38 @@ def test_outputs_that_are_no_tensors_are_refused_when_compiled(
     graph = helper.make_graph([helper.make_node("SequenceConstruct", ["x"], ["y"])], "g", [x], [y])
     with pytest.raises(InvalidModel, match=r"'y' is seq\(tensor\(float\)\)"):
         backend.compile(save_graph("sequence.onnx", graph), PROFILE, artefact)
+
+
+@pytest.mark.parametrize(
+    ("operator", "says"),
+    [("Frobnicate", "No Op registered for"), ("Upsample", "is deprecated")],
+    ids=["unknown", "gone from the opset"],
+)
+def test_an_operator_that_onnx_does_not_have_is_named_with_its_node_alone(
+    backend: OnnxRuntime, save_graph: MakeModel, artefact: Path, operator: str, says: str
+) -> None:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4]) for name in "xy"]
+    nodes = [
+        helper.make_node("Relu", ["x"], ["h"], name="other"),
+        helper.make_node(operator, ["h"], ["y"], name="/head/Relu"),
+    ]
+    model = save_graph("Relu/odd.onnx", helper.make_graph(nodes, "g", ends[:1], ends[1:]))
+    with pytest.raises(InvalidModel, match=f"of {operator} '/head/Relu'.* in odd") as refused:
+        backend.compile(model, PROFILE, artefact)
+    assert refused.value.code == "unsupported_operator"
+    assert says in refused.value.message
+    assert "other" not in refused.value.message.partition(" in odd")[0]
+
+
+def test_the_builders_log_says_what_became_of_the_graph(
+    classifier: MakeModel, cache: EngineCache
+) -> None:
+    """At whatever level the process logs."""
+    artefact = Engines(cache).build(classifier(), EngineConfig("model.onnx"), (1,))
+    entry = artefact.path.parent
+    [line] = check(entry, entry.name, cache.keyring).build.log.splitlines()
+    written = sum(path.stat().st_size for path in artefact.path.iterdir())
+    assert re.search(rf"nodes=4 optimised_nodes=[1-4] bytes={written} seconds=", line)
 
 
 class FailingSession:

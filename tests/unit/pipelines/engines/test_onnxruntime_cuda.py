@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipelines.engines import EngineCache, Engines
+from pipelines.engines.build_log import recorded
 from pipelines.engines.engine import DeviceOutOfMemory, Profile
 from pipelines.engines.onnxruntime import MODEL_FILE, OnnxRuntime, open_unchanged
 from pipelines.engines.onnxruntime_cuda import CUDA, OnnxRuntimeCuda
@@ -55,6 +56,24 @@ def artefact(tmp_path: Path, classifier: MakeModel) -> Path:
     folder.mkdir()
     OnnxRuntimeCuda().compile(classifier(external=True), PROFILE, folder)
     return folder
+
+
+def test_an_operator_that_onnx_does_not_have_is_named_with_its_node(
+    save_graph: MakeModel, tmp_path: Path
+) -> None:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4]) for name in "xy"]
+    node = helper.make_node("Frobnicate", ["x"], ["y"], name="node7")
+    model = save_graph("odd.onnx", helper.make_graph([node], "g", ends[:1], ends[1:]))
+    with pytest.raises(InvalidModel, match="Frobnicate 'node7' in odd") as refused:
+        OnnxRuntimeCuda().compile(model, PROFILE, tmp_path)
+    assert refused.value.code == "unsupported_operator"
+
+
+def test_the_builders_log_says_what_was_written(classifier: MakeModel, tmp_path: Path) -> None:
+    with recorded() as log:
+        (tmp_path / "artefact").mkdir()
+        OnnxRuntimeCuda().compile(classifier(), PROFILE, tmp_path / "artefact")
+    assert "nodes=4 bytes=" in log()
 
 
 def test_the_gpu_is_asked_for_first_in_full_float32_and_without_a_silent_way_back(

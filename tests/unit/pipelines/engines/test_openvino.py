@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from pipelines.engines import EngineCache, Engines
+from pipelines.engines.build_log import recorded
 from pipelines.engines.engine import Engine, Profile
 from pipelines.engines.onnxruntime import open_unchanged
 from pipelines.engines.openvino import BLOB_FILE, OpenVino
@@ -238,6 +240,16 @@ def test_the_fingerprint_tells_this_cpu(backend: OpenVino) -> None:
 def test_memory_is_that_of_the_weights_twice(load: Load, classifier: MakeModel) -> None:
     weights_bytes = 4 * (64 * 128 + 128 * 48)
     assert 2 * weights_bytes < load(classifier()).memory_bytes < 3 * weights_bytes
+
+
+def test_the_builders_log_says_what_became_of_the_graph(
+    backend: OpenVino, classifier: MakeModel, artefact: Path
+) -> None:
+    with recorded() as log:
+        backend.compile(classifier(), Profile((1,)), artefact)
+    [line] = log().splitlines()
+    written = sum(path.stat().st_size for path in artefact.iterdir())
+    assert re.search(rf"nodes=\d+ optimised_nodes=\d+ bytes={written} seconds=", line)
 
 
 # ── the library ─────────────────────────────────────────────────────────────────────────────────

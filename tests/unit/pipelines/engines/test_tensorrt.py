@@ -13,10 +13,11 @@ import pytest
 from infra.settings import TensorRTSettings
 from pipelines.engines import tensorrt
 from pipelines.engines.backends import Backends
+from pipelines.engines.build_log import recorded
 from pipelines.engines.engine import DeviceOutOfMemory, Profile
 from pipelines.engines.machine_cache import MachineCache
 from pipelines.engines.tensorrt import PLAN_FILE, TensorRT
-from pipelines.engines.tensorrt_library import import_library
+from pipelines.engines.tensorrt_library import checked, import_library
 from pipelines.engines.tensorrt_load import Validity
 from schemas.errors import DEVICE_FAILED, InvalidModel, PipelineError, Transient
 from tests.unit.pipelines.engines.tensorrt_fake import (
@@ -24,10 +25,12 @@ from tests.unit.pipelines.engines.tensorrt_fake import (
     L4,
     BuilderFlag,
     DataType,
+    ErrorCode,
     FakeCuda,
     HardwareCompatibilityLevel,
     ITensor,
     MemoryPoolType,
+    ParserError,
     fake_tensorrt,
     plan_of,
 )
@@ -127,6 +130,54 @@ def test_a_device_that_failed_while_building_is_not_the_models_fault(
     with pytest.raises(Transient) as failed:
         TensorRT().compile(MODEL, Profile((1,)), tmp_path)
     assert failed.value.code == DEVICE_FAILED
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("engine_build_failed", "raise HEADRACE_ENGINES__TENSORRT__WORKSPACE_BYTES"),
+        ("engine_unusable", r"build it again on this machine .*--force`\), or update a driver"),
+        ("engine_failed", "check the shapes"),
+        ("device_missing", "see with nvidia-smi"),
+    ],
+)
+def test_a_call_that_fails_says_what_to_do(code: str, remedy: str) -> None:
+    with pytest.raises(PipelineError, match=f"Expected it to succeed.*: why; {remedy}") as failed:
+        checked(None, "it", ["why"], PipelineError, code)
+    assert failed.value.code == code
+
+
+def test_every_error_of_the_parser_is_shown(trt: Any, tmp_path: Path) -> None:
+    trt.gpu.refused = [
+        ParserError(ErrorCode.UNSUPPORTED_NODE, "no importer", 3, "Unique", "/head/unique"),
+        ParserError(ErrorCode.INVALID_NODE, "axis 9", 4, "Softmax", "/head/softmax"),
+        ParserError(ErrorCode.INVALID_NODE, "weights are missing", -1, "", ""),
+    ]
+    with pytest.raises(InvalidModel) as refused:
+        TensorRT().compile(MODEL, Profile((1,)), tmp_path)
+    assert refused.value.code == "unsupported_operator"
+    assert (
+        "its parser says: operator Unique of node '/head/unique': UNSUPPORTED_NODE: no importer; "
+        "operator Softmax of node '/head/softmax': INVALID_NODE: axis 9; "
+        "INVALID_NODE: weights are missing; export the graph"
+    ) in refused.value.message
+    del trt.gpu.refused[0]
+    with pytest.raises(InvalidModel, match=r"axis 9.*check the file with onnx\.checker") as refused:
+        TensorRT().compile(MODEL, Profile((1,)), tmp_path)
+    assert refused.value.code == "unusable_onnx"
+
+
+def test_the_builders_log_says_what_was_done_and_under_which_driver(
+    trt: Any, tmp_path: Path
+) -> None:
+    with recorded() as log:
+        TensorRT().compile(MODEL, Profile((1, 8)), tmp_path)
+    parsed, said, compiled = log().splitlines()
+    assert "layers=7 profiles=2" in parsed
+    assert "Engine generation completed in 0.3 seconds." in said
+    assert "NVIDIA L4" in compiled
+    assert "driver=13000" in compiled
+    assert f"bytes={len(b'a plan')} seconds=" in compiled
 
 
 # ── times of kernels ────────────────────────────────────────────────────────────────────────────
@@ -242,6 +293,13 @@ def test_what_was_compiled_is_loaded_and_runs(
     engine.close()
 
 
+def test_an_empty_plan_is_to_be_built_again(trt: Any, tmp_path: Path) -> None:
+    (tmp_path / PLAN_FILE).touch()
+    with pytest.raises(InvalidModel, match="empty file; build it again") as refused:
+        TensorRT().load(tmp_path, threads=1)
+    assert refused.value.code == "engine_unusable"
+
+
 # ── what is missing ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -284,5 +342,5 @@ def test_the_backends_are_known_by_their_names(
     for name in ("tensorrt", "tensorrt-rtx", "tensorrt"):
         assert backends.get(name) == (name, *given)
     assert len(made) == 2, "one of each"
-    with pytest.raises(InvalidModel, match="tensorrt, tensorrt-rtx, got 'tpu'"):
+    with pytest.raises(InvalidModel, match="tensorrt, tensorrt-rtx, got 'tpu'; name one"):
         backends.get("tpu")
