@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 import msgspec
@@ -113,10 +113,12 @@ class Intake:
             else:
                 self._queue(job, now)
 
-    def release(self, answered: Collection[str], now: float) -> None:
-        """Let go on what waited for something that these models, `name/version`, need: they answer again."""
-        for job in list(self._delayed.values()) if answered else ():
-            if job.job.waits_for and job.model in answered:
+    def release(self, most: Mapping[str, int], now: float) -> None:
+        """Let go on so many jobs of each model, `name/version`, that wait for what it lacked."""
+        left = dict(most)
+        for job in list(self._delayed.values()) if left else ():
+            if job.job.waits_for and left.get(job.model):
+                left[job.model] -= 1
                 del self._delayed[job.job.id]
                 self._queue(job, now)
 

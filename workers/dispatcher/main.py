@@ -38,6 +38,7 @@ from workers.dispatcher.ownership import MARGIN_S, Ownership
 from workers.dispatcher.residents import Residents
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewTtl, ViewWriter
+from workers.dispatcher.waiting import Waiting
 from workers.process import EXIT_FENCED, PatientProcess, serve
 
 GROUP = "dispatcher"
@@ -88,8 +89,9 @@ class Process(PatientProcess):
             RetryPolicy(options.retry_base_s, options.retry_cap_s),
         )
         self.breaker = Breaker(settings.breaker)
+        waiting = Waiting()
         self.settlement = Settlement(
-            self.leases, self.memory, self.batcher, self.outcomes, self.breaker
+            self.leases, self.memory, self.batcher, self.outcomes, self.breaker, waiting
         )
         objects = connect_objects(settings)
         catalogue = Catalogue(objects)
@@ -135,6 +137,7 @@ class Process(PatientProcess):
             leases=self.leases,
             settlement=self.settlement,
             outcomes=self.outcomes,
+            waiting=waiting,
             residents=Residents(self.fleet),
         )
         self.started_at = time.time()

@@ -32,34 +32,16 @@ from workers.dispatcher.view_writer import ViewWriter
 logger = get_logger("dispatcher")
 
 
-WAIT_MIN_S = 2.0
-WAIT_SHARE = 0.1
-"""A job that waits for something is tried again after this share of the time it has waited already: so it
-waits little longer than it must, and asks seldom."""
-
-WAITS_PER_S = 250.0
-"""Of all jobs that wait, so many are tried again in a second at most: each try is a record and a place in a batch."""
-
-
 class RetryPolicy:
-    """After a failure, full jitter: somewhere between now and base * 2 ** failures, capped. Jobs that wait for
-    something take turns."""
+    """After a failure, full jitter: somewhere between now and base * 2 ** failures, capped."""
 
     def __init__(self, base_s: float, cap_s: float, rng: random.Random | None = None) -> None:
         self._base_s = base_s
         self._cap_s = cap_s
         self._rng = rng or random.Random()
-        self._turn_at = 0.0
 
     def delay_s(self, failures: int) -> float:
         return self._rng.uniform(0, min(self._cap_s, self._base_s * 2 ** min(failures, 32)))
-
-    def turn_at(self, submitted_at: float, now: float) -> float:
-        """When a job that waits for something is tried again. Never at once: it does not count as an attempt."""
-        # Bounded on both sides, or a clock that was put back would have them wait for what it lost.
-        self._turn_at = max(now, min(self._turn_at + 1 / WAITS_PER_S, now + self._cap_s))
-        most_s = max(WAIT_MIN_S, min(self._cap_s, WAIT_SHARE * (now - submitted_at)))
-        return max(self._turn_at, now + self._rng.uniform(most_s / 2, most_s))
 
 
 class Written(NamedTuple):
@@ -137,10 +119,6 @@ class Outcomes:
         )
         self.counts["retried"] += 1
         self._move(again, at, now)
-
-    def wait(self, job: Job, at: Position, code: str, now: float) -> None:
-        """What the job needs is not there, by this code: it is deferred until it may be."""
-        self.defer(job, at, self._policy.turn_at(job.submitted_at, now), now, waits_for=code)
 
     def defer(
         self, job: Job, at: Position, until: float, now: float, waits_for: str | None = None

@@ -12,6 +12,7 @@ from workers.dispatcher.breaker import Breaker, CircuitKey, circuit_of
 from workers.dispatcher.leases import Lease, Leases
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes
+from workers.dispatcher.waiting import Waiting
 
 MAX_DISPATCHES = 20
 """A job that vanishes with its batch this often, without ever being run, counts as failed."""
@@ -40,15 +41,15 @@ class Settlement:
         batcher: Batcher,
         outcomes: Outcomes,
         breaker: Breaker,
+        waiting: Waiting,
     ) -> None:
         self._leases = leases
         self._memory = memory
         self._batcher = batcher
         self._outcomes = outcomes
         self._breaker = breaker
+        self._waiting = waiting
         self._tripped: set[CircuitKey] = set()
-        self._answered: set[str] = set()
-        self._missed: set[str] = set()
         self.redispatched = 0
 
     def settle(self, completions: Iterable[Completion], now: float) -> None:
@@ -75,13 +76,6 @@ class Settlement:
         """Circuits that opened since the last call: jobs of theirs that wait are to be held back."""
         tripped, self._tripped = self._tripped, set()
         return tripped
-
-    def answered(self) -> set[str]:
-        """Models (`name/version`) that answered since the last call, if only that a job is invalid, and in no case
-        lacked anything: what jobs wait for is there again."""
-        answered = self._answered - self._missed
-        self._answered, self._missed = set(), set()
-        return answered
 
     def lost(self, lease: Lease, *, begun: bool, now: float) -> None:
         """A batch's worker is gone. Jobs that were being run are suspect; all others just go again."""
@@ -113,7 +107,7 @@ class Settlement:
 
     def _judge(self, job: OpenJob, item: ItemOutcome, worker: str, now: float) -> None:
         if item.code is None or item.invalid:
-            self._answered.add(job.model)
+            self._waiting.answered(job.model)
         if self._memory.is_cancelled(job.job.id):
             self._outcomes.end(job.job, job.at, "cancelled", now)
         elif now >= job.job.deadline_at or item.code == DEADLINE_PASSED:
@@ -155,8 +149,8 @@ class Settlement:
         if self._memory.is_cancelled(job.job.id):
             self._outcomes.end(job.job, job.at, "cancelled", now)
         elif error.code in BLAMELESS:
-            self._missed.add(job.model)
-            self._outcomes.wait(job.job, job.at, error.code, now)
+            until = self._waiting.missed(job.model, job.job.submitted_at, now)
+            self._outcomes.defer(job.job, job.at, until, now, waits_for=error.code)
         elif passing and job.job.attempt + 1 < job.card.limits.max_attempts:
             self._outcomes.retry(job.job, job.at, now, suspect=suspect)
         else:

@@ -30,6 +30,7 @@ from workers.dispatcher.ownership import Ownership
 from workers.dispatcher.residents import Residents
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewTtl, ViewWriter
+from workers.dispatcher.waiting import Waiting
 
 LEASE_S = 10.0
 RETRY_BASE_S, RETRY_CAP_S = 0.5, 60.0
@@ -188,7 +189,8 @@ def make_world(
         view_writer = ViewWriter(view, log, ViewTtl(VIEW_TTL_S, VIEW_JOBS))
         outcomes = Outcomes(consumer, memory, view_writer, RetryPolicy(RETRY_BASE_S, RETRY_CAP_S))
         breaker = Breaker(breaker_settings or BreakerSettings())
-        settlement = Settlement(leases, memory, batcher, outcomes, breaker)
+        waiting = Waiting()
+        settlement = Settlement(leases, memory, batcher, outcomes, breaker, waiting)
         admitter = Admitter(models.resolve, memory, MAX_DEADLINE_S)
         ownership = Ownership(
             consumer, log, fleet, memory, batcher, leases, outcomes, view_writer, keys_window_s,
@@ -218,6 +220,7 @@ def make_world(
             leases=leases,
             settlement=settlement,
             outcomes=outcomes,
+            waiting=waiting,
             residents=Residents(fleet, clock.monotonic),
             wall=clock.wall,
             monotonic=clock.monotonic,

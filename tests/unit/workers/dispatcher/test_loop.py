@@ -17,7 +17,7 @@ from schemas.jobs import Job
 from schemas.payloads import Payload
 from schemas.topics import LANES, RESULTS
 from workers.dispatcher.loop import IDLE_S, LOOK_S, RUNG_S, TIDY_EVERY_S
-from workers.dispatcher.outcomes import WAIT_MIN_S
+from workers.dispatcher.waiting import TURNS_PER_S, WAIT_MIN_S
 
 MakeJob = Callable[..., Job]
 
@@ -287,6 +287,40 @@ def test_when_what_many_jobs_wait_for_is_there_one_finds_out_for_all(
         world.clock.advance(TIDY_EVERY_S / 5)
 
     assert len(world.log.outcomes()) == 2000
+
+
+def test_a_worker_that_lacks_what_another_has_does_not_keep_jobs_from_that(
+    world: Any, make_job: MakeJob
+) -> None:
+    """The one refuses at once, the other takes 0.4 s for a batch and could do all in 13 s: it goes on getting some, and
+    what is refused is not written to the log without end."""
+    world.submit(*(make_job(id=str(number)) for number in range(2000)))
+    holds(world, "has", "echo/1")
+    holds(world, "lacks")
+    world.offer(2, worker="has")
+    world.offer(2, worker="lacks")
+    busy: list[tuple[float, Any]] = []
+    step_s = 0.02
+    for _ in range(int(30 / step_s)):
+        world.step()
+        now = world.clock.wall()
+        for worker, batch_id, _ in world.mailboxes.take():
+            if (batch := world.fleet.fetch(batch_id)) is None:
+                continue
+            world.fleet.begin(batch)
+            if worker == "has":
+                busy.append((now + 0.4, batch))
+            else:
+                world.report(batch, [NOT_BUILT] * len(batch.items))
+                world.offer(1, worker="lacks")
+        for entry in [entry for entry in busy if entry[0] <= now]:
+            busy.remove(entry)
+            world.report(entry[1])
+            world.offer(1, worker="has")
+        world.clock.advance(step_s)
+
+    assert len(world.log.outcomes()) > 1000
+    assert world.outcomes.counts["deferred"] < 30 * 3 * TURNS_PER_S
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 3600.0])

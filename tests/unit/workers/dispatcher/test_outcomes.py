@@ -16,7 +16,7 @@ from schemas.errors import InferenceFailed, InvalidJob, Transient
 from schemas.jobs import Job, job_headers, read_job
 from schemas.results import StageTimes, decode_outcome
 from schemas.topics import KEYS, RESULTS, RETRY
-from workers.dispatcher.outcomes import WAIT_MIN_S, WAITS_PER_S, RetryPolicy
+from workers.dispatcher.outcomes import RetryPolicy
 
 MakeJob = Callable[..., Job]
 
@@ -251,43 +251,6 @@ def test_a_retry_waits_anywhere_between_now_and_twice_as_long_each_time_up_to_th
     delay_s = RetryPolicy(base_s, cap_s, random.Random(seed)).delay_s(failures)
 
     assert 0 <= delay_s <= min(cap_s, base_s * 2 ** min(failures, 64))
-
-
-@given(st.integers(-1_000_000, 1_000_000), st.integers())
-def test_a_job_that_waits_is_tried_again_after_a_tenth_of_its_wait_but_never_at_once(
-    waited_s: int, seed: int
-) -> None:
-    most_s = min(60, max(WAIT_MIN_S, waited_s / 10))
-
-    again_s = RetryPolicy(0.5, 60, random.Random(seed)).turn_at(-waited_s, 0)
-
-    assert most_s / 2 <= again_s <= most_s
-
-
-def test_a_low_cap_for_retries_makes_no_job_wait_in_a_hot_loop() -> None:
-    assert RetryPolicy(0.001, 0.001).turn_at(0, 0) >= WAIT_MIN_S / 2
-
-
-def test_many_jobs_that_wait_take_turns() -> None:
-    """Three thousand would be two thousand records a second."""
-    policy, now = RetryPolicy(0.5, 60), 1000.0
-
-    for _ in range(3):
-        again_at = sorted(policy.turn_at(now, now) for _ in range(3000))
-        within_s = again_at[-1] - now
-        assert within_s == pytest.approx(3000 / WAITS_PER_S, rel=0.01)
-        in_a_second = [sum(now + s <= at < now + s + 1 for at in again_at) for s in range(3, 10)]
-        assert max(in_a_second) <= WAITS_PER_S + 1
-        now = again_at[-1]
-
-    assert policy.turn_at(now, now) <= now + WAIT_MIN_S, "a crowd that is gone is forgotten"
-
-
-def test_a_clock_that_was_put_back_has_no_job_wait_for_what_it_lost() -> None:
-    policy = RetryPolicy(0.5, 60)
-    policy.turn_at(10_000, 10_000)
-
-    assert policy.turn_at(0, 0) <= 60
 
 
 @pytest.mark.parametrize(("failures", "most_s"), [(0, 0.5), (1, 1), (2, 2), (20, 60)])

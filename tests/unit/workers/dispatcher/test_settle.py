@@ -14,8 +14,8 @@ from schemas.jobs import Job, read_job
 from schemas.payloads import Payload
 from schemas.topics import RETRY
 from workers.dispatcher.leases import Lease
-from workers.dispatcher.outcomes import WAIT_MIN_S
 from workers.dispatcher.settle import BLAMELESS, MAX_DISPATCHES
+from workers.dispatcher.waiting import RELEASE_FIRST, WAIT_MIN_S
 
 MakeJob = Callable[..., Job]
 
@@ -160,24 +160,17 @@ def test_a_job_that_waited_is_run_when_it_can_be_and_waits_for_nothing_after_a_f
 
 
 @pytest.mark.parametrize("item", [GOOD, INVALID])
-def test_models_that_answer_and_lack_nothing_are_told_once(
+def test_a_model_that_answers_again_has_its_jobs_released(
     world: Any, run: Any, make_job: MakeJob, item: ItemOutcome
 ) -> None:
+    """If only that a job is invalid: what others wait for is there."""
     run(make_job(id="a"))
+    settle(world, NOT_BUILT)
+    assert world.dispatcher.waiting.release(0) == {}
+    run(make_job(id="b"))
     settle(world, item)
 
-    assert world.settlement.answered() == {"echo/1"}
-    assert world.settlement.answered() == set()
-
-
-def test_a_model_that_one_worker_has_and_another_lacks_does_not_count_as_there(
-    world: Any, run: Any, make_job: MakeJob
-) -> None:
-    """Jobs released for it would go to and fro between the log and the worker that lacks it."""
-    run(make_job(id="a"), make_job(id="b"))
-    settle(world, GOOD, NOT_BUILT)
-
-    assert world.settlement.answered() == set()
+    assert world.dispatcher.waiting.release(0) == {"echo/1": RELEASE_FIRST}
 
 
 def test_jobs_whose_run_took_the_device_down_go_alone_from_then_on(
