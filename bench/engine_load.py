@@ -206,7 +206,7 @@ def _built(
     artefact.release()
     if target:
         return structs.replace(engine, artefact=str(artefact.path))
-    loaded = Engines(cache).load(*args)
+    loaded = Engines(cache).obtain(*args).load()
     inputs = {
         spec.name: (spec.dtype.name, tuple(axis or LENGTH for axis in (spec.shape or ())[1:]))
         for spec in loaded.inputs

@@ -37,7 +37,7 @@ def main() -> None:
         del sessions
         return
     engines = [
-        Engines(cache).load(Path(e["model"]), config_of(e), request["buckets"])
+        Engines(cache).obtain(Path(e["model"]), config_of(e), request["buckets"]).load()
         for e in request["engines"]
     ]
     told = loaded()

@@ -279,7 +279,6 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="HEADRACE_",
         env_nested_delimiter="__",
-        env_ignore_empty=True,  # a compose file passes on what nobody has set as ""
         frozen=True,
         extra="forbid",
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from pipelines.bundle import Bundle
-from pipelines.engines import Engines
+from pipelines.engines import Engines, Obtained
 from pipelines.engines.engine import Engine, OnStep, unheard
 from pipelines.model import LoadedModel
 from schemas.errors import InvalidModel
@@ -18,30 +19,36 @@ def load_model(
     budget_bytes: int,
     force: bool = False,
     may_build: bool = True,
+    make_room: Callable[[], None] = lambda: None,
     on_step: OnStep = unheard,
 ) -> LoadedModel:
     """Load every engine of a bundle, compiled first where the cache has none. The caller closes the model.
 
     budget_bytes: most engine memory it may take. force: compile again what failed to a moment ago.
     may_build: if not, an engine that the cache has not is Transient("engine_not_built").
-    on_step: those of Engines.load after the engine's role, then `prepare`.
+    make_room: called when all its engines are at hand, before any is loaded.
+    on_step: those of Engines.obtain and `load` after the engine's role, then `prepare`.
     Raises InvalidModel, DeviceOutOfMemory, and Transient from the cache; then nothing stays loaded.
     """
     with ExitStack() as loaded:
-        by_role: dict[str, Engine] = {}
+        obtained: dict[str, Obtained] = {}
         for role, config in bundle.config.engines.items():
-            buckets = bundle.config.batch.buckets
-            engine = engines.load(
+            obtained[role] = engines.obtain(
                 bundle.path(config.file),
                 config,
-                buckets,
+                bundle.config.batch.buckets,
                 label=f"{bundle.config.name}/{bundle.config.version} {role}",
                 force=force,
                 may_build=may_build,
                 on_step=_of(role, on_step),
             )
-            loaded.callback(engine.close)
-            by_role[role] = engine
+            loaded.callback(obtained[role].release)
+        make_room()
+        by_role: dict[str, Engine] = {}
+        for role, one in obtained.items():
+            by_role[role] = one.load()
+            loaded.callback(by_role[role].close)
+            on_step(f"{role} load")
         _check_memory(bundle, by_role, budget_bytes)
         model = LoadedModel(bundle, by_role)
         on_step("prepare")

@@ -126,7 +126,8 @@ def build(
     from headrace.cli.engine_builds import wanted
 
     named = wanted(models, _catalogue(data), backend)
-    _build(named, _engines(data), json, target, force)
+    if _build(named, _engines(data), json, target, force):
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()
@@ -149,8 +150,7 @@ def prewarm(
 
     named = wanted(models or _installed(data), _catalogue(data), None)
     engines = _engines(data)
-    _build(named, engines, json)
-    failed = False
+    failed = _build(named, engines, json)
     for warmed in warm_all(named, engines, settings_for(data).worker.memory_bytes):
         failed |= warmed.error is not None
         if json:
@@ -332,8 +332,8 @@ def _build(
     json: bool,
     target: str | None = None,
     force: bool = False,
-) -> None:
-    """Exits where one cannot be built."""
+) -> bool:
+    """Whether one cannot be built."""
     from headrace.cli.engine_builds import build_all
     from headrace.cli.engine_tables import outcome
 
@@ -344,8 +344,7 @@ def _build(
             print_json(built, line=True)
         else:
             output.print(outcome(built), markup=False, soft_wrap=True)
-    if failed:
-        raise typer.Exit(USER_ERROR)
+    return failed
 
 
 def _counted(what: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:

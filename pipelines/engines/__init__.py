@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -23,7 +23,7 @@ from pipelines.engines.engine import (
 from pipelines.engines.order import Build
 from pipelines.engines.precision import Lowering
 from pipelines.engines.signing import Keyring
-from schemas.errors import Transient
+from schemas.errors import PipelineError, Transient
 from schemas.models import EngineConfig
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "Engine",
     "EngineCache",
     "Engines",
+    "Obtained",
     "Profile",
     "TensorSpec",
     "open_engines",
@@ -46,6 +47,45 @@ _KEY_SCHEMA = 1
 """Raise it when artefacts of the same parts must not be used any longer."""
 
 
+class Obtained(NamedTuple):
+    """An engine at hand, not loaded yet. Its artefact is leased until it is released, or the engine closed."""
+
+    backend: Backend
+    artefact: Artefact
+
+    def load(self, *, threads: int = 1) -> Engine:
+        """threads: that one run may use. The engine belongs to the caller. Raises InvalidModel,
+        DeviceOutOfMemory, and Transient (engine_replaced) if it was compiled anew meanwhile: files of both may
+        have been read. Then it is released."""
+        try:
+            engine = self.backend.load(self.artefact.path, threads=threads)
+        except BaseException as error:
+            replaced = self._is_replaced()
+            self.release()
+            if replaced and isinstance(error, PipelineError):
+                raise _replaced() from error
+            raise
+        engine.after_close(self.release)
+        if self._is_replaced():
+            engine.close()
+            raise _replaced()
+        return engine
+
+    def release(self) -> None:
+        """Idempotent."""
+        self.artefact.release()
+
+    def _is_replaced(self) -> bool:
+        return not self.artefact.lease.is_of(self.artefact.path.parent)
+
+
+def _replaced() -> Transient:
+    return Transient(
+        "engine_replaced",
+        "Expected the engine to stay as it was while it was loaded, somebody compiled it anew; load it again.",
+    )
+
+
 class Engines:
     """The engines of models on this machine. backends: those that no settings speak of, if left out."""
 
@@ -53,26 +93,24 @@ class Engines:
         self.cache = cache
         self._backends = backends or Backends()
 
-    def load(
+    def obtain(
         self,
         model: Path,
         config: EngineConfig,
         buckets: Sequence[int],
         *,
-        threads: int = 1,
         label: str = "",
         force: bool = False,
         may_build: bool = True,
         on_wait: Callable[[], None] | None = None,
         on_step: OnStep = unheard,
-    ) -> Engine:
-        """Load a model's engine, compiled first if the cache has none for this model and this machine.
+    ) -> Obtained:
+        """Have a model's engine at hand, compiled first if the cache has none for this model and this machine.
 
-        buckets: batch sizes it will run, ascending. threads: that one run may use. label: names it for
-        people. force: compile again what failed to a moment ago. may_build: False where builds must not
-        run. on_wait: called when somebody else is compiling it. on_step: the steps are the backend's library
-        imported; the artefact at hand and verified, with its origin (see Trace); the engine loaded.
-        The engine belongs to the caller; its artefact is leased until it is closed.
+        buckets: batch sizes it will run, ascending. label: names it for people. force: compile again what
+        failed to a moment ago. may_build: False where builds must not run. on_wait: called when somebody
+        else is compiling it. on_step: the steps are the backend's library imported, and the artefact at hand
+        and verified, with its origin (see Trace).
         Raises InvalidModel, DeviceOutOfMemory, or Transient (see EngineCache.get_or_build).
         """
         backend = self._backends.get(config.backend)
@@ -87,14 +125,7 @@ class Engines:
             on_wait=on_wait,
         )
         on_step(f"artefact ({artefact.trace.origin})")
-        try:
-            engine = backend.load(artefact.path, threads=threads)
-        except BaseException:
-            artefact.release()
-            raise
-        on_step("load")
-        engine.after_close(artefact.release)
-        return engine
+        return Obtained(backend, artefact)
 
     def build(
         self,
@@ -109,7 +140,7 @@ class Engines:
     ) -> Artefact:
         """See that the cache has a model's engine, without loading it. target: a device other than this
         machine's, in the backend's words. rebuild: compile it anew, and replace what is there, here and
-        in the store. The others, and what is raised: see load.
+        in the store. The others, and what is raised: see obtain.
         The caller releases the artefact."""
         backend = self._backends.get(config.backend, target)
         key_parts, build = self._recipe(backend, model, config, buckets)

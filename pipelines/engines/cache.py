@@ -65,6 +65,7 @@ class EngineCache:
         self.keyring = keyring or Keyring()
         self.disk = Disk(root, self.keyring)
         self._max_bytes = max_bytes
+        self._replaced: set[str] = set()
         self._policy = Policy(build_wait_s, failure_memory_s, clock)
 
     def get_or_build(
@@ -117,8 +118,11 @@ class EngineCache:
         if self.store is None:
             return False
         there = self.store.manifest(key)
-        if there is not None and self._is_believed(self.store, there, key):
-            return False
+        if there is not None:
+            # Once: a builder with other keys would do the same to ours.
+            if self._is_believed(self.store, there, key) or key in self._replaced:
+                return False
+            self._replaced.add(key)
         with errors_of_disk(self.root):
             lease = self.disk.find(key)
             if lease is None:

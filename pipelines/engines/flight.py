@@ -162,7 +162,13 @@ class Flight:
         except StoreUnavailable as error:
             self._go_on_without_store(error)
         except Rejected as reason:
-            _log.warning("engine_not_published", key=key, reason=str(reason))
+            lease.release()
+            self._disk.verify(key, self._wait_s)
+            raise Transient(
+                "engine_rejected",
+                f"Expected the engine {key} as it was just built: {reason}. It is removed, and built anew when it"
+                " is next asked for.",
+            ) from reason
         except BaseException:
             lease.release()
             raise

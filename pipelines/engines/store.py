@@ -264,13 +264,19 @@ class EngineStore:
             self._copy(key, piece, file)
 
     def _copy(self, key: str, piece: _Piece, file: BinaryIO) -> None:
-        """Raises Rejected unless it is as the manifest says, and OSError."""
-        try:
-            with reached():
-                ref = Ref(_name(key, piece.sha256), piece.size_bytes, piece.sha256)
-                self._objects.fetch_into(ref, file)
-        except InvalidJob as error:
-            raise Rejected(error.message) from error
+        """Raises Rejected unless it is as the manifest says, and OSError. One that is not is read once more: the
+        fault may be this machine's."""
+        ref = Ref(_name(key, piece.sha256), piece.size_bytes, piece.sha256)
+        start = file.tell()
+        for last in (False, True):
+            try:
+                with reached():
+                    self._objects.fetch_into(ref, file)
+                break
+            except InvalidJob as error:
+                if last:
+                    raise Rejected(error.message) from error
+                file.seek(start)
 
     def _read(self, key: str, name: str, limit_bytes: int) -> bytes | None:
         with reached(), suppress(InvalidJob):

@@ -24,16 +24,21 @@ from infra.redis_client import connect_redis
 from infra.settings import Settings, load_settings
 from infra.tasks import make_app
 from pipelines.engines import open_engines
-from schemas.errors import Transient
+from schemas.errors import DEVICE_FAILED, InferenceFailed, Transient
 from workers.inference.hand import Hand
 from workers.inference.hearing import Hearing
 from workers.inference.models import Models
 from workers.inference.stages import Stages
 from workers.inference.start import Steps
 from workers.inference.task import BatchRunner
-from workers.inference.watchdog import Watchdog
+from workers.inference.watchdog import EXIT_OVERRUN, Watchdog
 from workers.process import EXIT_FAILED, exit_code
 
+LOAD_OVERRAN = InferenceFailed(
+    "load_overran",
+    "Expected the model to be loaded within HEADRACE_WORKER__LOAD_S, it was not; allow for more, or see the"
+    " worker's log for the step that it hangs in.",
+)
 BEAT_EVERY_S = 1.0
 NO_LEASE_S = 10.0
 JOIN_S = 5.0
@@ -73,7 +78,9 @@ class Worker:
             Stages(self.objects, executors),
             self.on_device_failed,
         )
-        self.watchdog = Watchdog(self.hand, self.models.resident, options.load_s)
+        self.watchdog = Watchdog(
+            self.hand, self.models.resident, options.load_s, self.on_load_overran
+        )
         self.hearing = Hearing()
         self.celery: Any = None
         self.health = Health()
@@ -131,11 +138,24 @@ class Worker:
         threading.Thread(target=run, args=(self._stopped,), name=name, daemon=True).start()
 
     def on_device_failed(self) -> None:
-        """A process that lost its GPU does not get it back: drain and end, for the supervisor to start another."""
+        """A process that lost its GPU does not get it back."""
+        self.end(EXIT_FAILED, DEVICE_FAILED)
+
+    def on_load_overran(self, model: str) -> None:
+        """Its thread hangs for good. The jobs that wait for it are charged, those of other models are not."""
+        if not self.health.ready:
+            logger.error("load_overran", model=model, action="the worker ends, to be started anew")
+            os._exit(EXIT_OVERRUN)
         if not self.exit_code:
-            self.exit_code = EXIT_FAILED
+            self.runner.fail(model, LOAD_OVERRAN)
+            self.end(EXIT_OVERRUN, LOAD_OVERRAN.code)
+
+    def end(self, exit_code: int, why: str) -> None:
+        """Drain and end, for the supervisor to start another."""
+        if not self.exit_code:
+            self.exit_code = exit_code
             self.hand.close()
-            logger.error("device_failed", action="the worker ends, to be started anew")
+            logger.error(why, action="the worker ends, to be started anew")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_drain(self, **_: Any) -> None:

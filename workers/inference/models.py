@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from infra.catalogue import Catalogue
 from infra.logs import get_logger
@@ -60,9 +61,8 @@ class Models:
             except Transient as error:
                 if error.code == DEVICE_FAILED:
                     raise
-                if error.code == MEMORY_FULL:
-                    break
-                self._not_loaded.add(name)
+                if error.code != MEMORY_FULL:
+                    self._not_loaded.add(name)
                 _log_failure(name, error)
                 start.ended(f"{name} not loaded")
             except Exception as error:
@@ -111,9 +111,9 @@ class Models:
     def _wanted(self, name: str, version: int) -> Wanted:
         card = self._catalogue.resolve(name, version)
         expected_bytes = card.memory_bytes or card.size_bytes
-        return Wanted(expected_bytes, card.tier == "premium", lambda: self._load(card))
+        return Wanted(expected_bytes, card.tier == "premium", partial(self._load, card))
 
-    def _load(self, card: ModelCard) -> LoadedModel:
+    def _load(self, card: ModelCard, make_room: Callable[[], None]) -> LoadedModel:
         """Fetch, load and warm one version. Raises PipelineError."""
         steps = Steps(f"{card.name}/{card.version}", quiet=self._start is None)
         bundle = Bundle.open(self._catalogue.folder(card), check_graphs=False)
@@ -123,6 +123,7 @@ class Models:
             self._engines,
             budget_bytes=self._options.memory_bytes,
             may_build=False,
+            make_room=make_room,
             on_step=steps.ended,
         )
         try:

@@ -1,9 +1,10 @@
 """Models held in memory under a budget.
 
-Room for a newcomer is made before it is loaded, by the least recently used that may go: none of the premium tier but
-for another of it, which somebody pays to have at hand; and none that came a moment ago, or two models that take turns
-would be loaded for every batch. One that is in use goes when its runs end, and takes no new ones until then. Where that
-makes no room, the newcomer is refused for now, and its jobs wait or find another worker.
+Room for a newcomer is made when its engines are at hand, before they are loaded, by the least recently used that may
+go: none of the premium tier but for another of it, which somebody pays to have at hand; and none that came a moment
+ago, or two models that take turns would be loaded for every batch. One that is in use goes when its runs end, and
+takes no new ones until then. Where that makes no room, the newcomer is refused for now, and its jobs wait or find
+another worker.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from infra.logs import get_logger
@@ -23,8 +25,8 @@ from schemas.errors import Transient
 
 STAY_LOADS = 20
 STAY_MOST_S = 60.0
-"""A model stays so many times as long as it took to load, and no longer: so a worker loads for a twentieth of its time
-at most."""
+"""A model stays so many times as long as it took to load, times the number of those that are held: so at most a
+twentieth of a worker's time goes into loads, but where these take so long that the limit applies."""
 
 MEMORY_FULL = "engine_memory_full"
 
@@ -34,12 +36,12 @@ logger = get_logger("worker.residency")
 
 
 class Wanted(NamedTuple):
-    """A model that is to be loaded. memory_bytes: what it is expected to take. load: loads and warms it; raises
-    PipelineError."""
+    """A model that is to be loaded. memory_bytes: what it is expected to take. load: loads and warms it, and calls
+    what it is given as soon as nothing can keep it from that but a lack of room; raises PipelineError."""
 
     memory_bytes: int
     premium: bool
-    load: Callable[[], LoadedModel]
+    load: Callable[[Callable[[], None]], LoadedModel]
 
 
 @dataclass(slots=True)
@@ -118,8 +120,7 @@ class Residency:
         with self._lock:
             places, self._places = list(self._places.values()), OrderedDict()
         for place in places:
-            if place.model:
-                place.model.close()
+            _close(place)
 
     def _enter(self, key: Key) -> _Place:
         with self._lock:
@@ -138,29 +139,45 @@ class Residency:
         self._close_idle()
 
     def _load(self, key: Key, place: _Place) -> None:
-        began = place.loading_since = self._monotonic()
-        try:
-            wanted = self._want(*key)
-            self._make_room(key, place, wanted)
-            model = self._loaded(place, wanted)
-        except BaseException:
-            place.memory_bytes = 0
-            raise
-        finally:
-            place.loading_since = None
-        now = self._monotonic()
+        began = self._monotonic()
         with self._lock:
+            place.loading_since = began
+        try:
+            model = self._loaded(key, place, self._want(*key))
+        except BaseException:
+            with self._lock:
+                place.loading_since, place.memory_bytes = None, 0
+            raise
+        took_s = self._monotonic() - began
+        with self._lock:
+            place.loading_since = None
             place.model, place.memory_bytes = model, model.memory_bytes
-            place.stays_until = now + min(STAY_MOST_S, STAY_LOADS * (now - began))
+            staying = sum(not other.leaving for other in self._places.values())
+            stay_s = min(STAY_MOST_S, STAY_LOADS * took_s * staying)
+            place.stays_until = began + took_s + stay_s
             self._displace(place, -self._room())  # where it is larger than expected
             over_bytes = -self._room()
         if over_bytes > 0:
             logger.warning("engine_memory_over_budget", model=_name(key), bytes=over_bytes)
         self._close_idle()
 
+    def _loaded(self, key: Key, place: _Place, wanted: Wanted) -> LoadedModel:
+        """Once more on a device that is full before the budget is, if anything can leave it."""
+        make_room = partial(self._make_room, key, place, wanted)
+        try:
+            return wanted.load(make_room)
+        except DeviceOutOfMemory:
+            with self._lock:
+                displaced = self._displace(place, wanted.memory_bytes)
+            if self._close_idle():
+                raise _no_room(key, "the device is full until runs of others end") from None
+            if not displaced:
+                raise
+        return wanted.load(make_room)
+
     def _make_room(self, key: Key, place: _Place, wanted: Wanted) -> None:
         with self._lock:
-            place.premium = wanted.premium
+            place.premium, place.memory_bytes = wanted.premium, 0
             if wanted.memory_bytes > self._budget_bytes:
                 return  # to load it says what is wrong
             short_bytes = wanted.memory_bytes - self._room()
@@ -169,17 +186,6 @@ class Residency:
             self._displace(place, short_bytes)
             place.memory_bytes = wanted.memory_bytes
         self._close_idle()
-
-    def _loaded(self, place: _Place, wanted: Wanted) -> LoadedModel:
-        """Once more on a device that is full before the budget is, if anything can leave it."""
-        try:
-            return wanted.load()
-        except DeviceOutOfMemory:
-            with self._lock:
-                self._displace(place, self._budget_bytes)
-            if not self._close_idle():
-                raise
-        return wanted.load()
 
     def _room(self) -> int:
         """Bytes of the budget that nobody has who stays."""
@@ -199,28 +205,36 @@ class Residency:
             return newcomer.premium
         return place.stays_until <= self._monotonic()
 
-    def _displace(self, newcomer: _Place, short_bytes: int) -> None:
-        """Have so many bytes leave, or all that may."""
+    def _displace(self, newcomer: _Place, short_bytes: int) -> bool:
+        """Have so many bytes leave, or all that may. Whether any do."""
+        leave = False
         for place in self._displaceable(newcomer):
             if short_bytes <= 0:
-                return
-            place.leaving = True
+                break
+            leave = place.leaving = True
             short_bytes -= place.memory_bytes
+        return leave
 
     def _close_idle(self) -> bool:
-        """Close what leaves and is not in use. Whether there was any."""
+        """Close what leaves and is not in use. Whether any is still in use."""
         with self._lock:
-            gone = {
-                key: place.model
-                for key, place in self._places.items()
-                if place.model and place.leaving and not place.users
-            }
-            for key in gone:
+            leaving = {key: place for key, place in self._places.items() if place.leaving}
+            idle = {key: place for key, place in leaving.items() if not place.users}
+            for key in idle:
                 del self._places[key]
-        for key, model in gone.items():
+        for key, place in idle.items():
             logger.info("model_dropped", model=_name(key))
-            model.close()
-        return bool(gone)
+            _close(place)
+        return len(idle) < len(leaving)
+
+
+def _close(place: _Place) -> None:
+    """Whatever comes of it is no matter of the batch that happens to be the last."""
+    try:
+        if place.model:
+            place.model.close()
+    except Exception as error:
+        logger.error("model_not_closed", exc_info=error)
 
 
 def _name(key: Key) -> str:

@@ -11,7 +11,7 @@ from celery import Celery
 from infra.fleet import Fleet, SlotToken
 from infra.logs import get_logger
 from schemas.batches import RUN_BATCH, Batch, Completion, ItemOutcome
-from schemas.errors import DEVICE_FAILED, Transient
+from schemas.errors import DEVICE_FAILED, PipelineError, Transient
 from workers.inference.gate import Gate
 from workers.inference.hand import Hand, Held
 from workers.inference.residency import Residency
@@ -68,6 +68,16 @@ class BatchRunner:
                 self._fleet.offer(token)
             except Transient:
                 return
+
+    def fail(self, model: str, error: PipelineError) -> None:
+        """Report every batch for this model that has not begun; each of its jobs may be tried again."""
+        item = ItemOutcome(code=error.code, message=error.message, retry=True)
+        for held in self._hand.held():
+            batch = held.batch
+            if not held.began_at and f"{batch.model}/{batch.version}" == model:
+                self._report(
+                    batch, Completion(batch.id, self._hand.worker, [item] * len(batch.items))
+                )
 
     def give_back(self, batch: Batch) -> None:
         """Return a batch unrun; its jobs go elsewhere and nobody is charged."""

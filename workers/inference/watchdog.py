@@ -19,19 +19,22 @@ logger = get_logger("worker.watchdog")
 
 
 class Watchdog:
-    """load_s: longest that a model may be loading."""
+    """load_s: longest that a model may be loading. on_load_overran: called with `name/version` of one that
+    takes longer, again and again."""
 
     def __init__(
         self,
         hand: Hand,
         resident: Residency,
         load_s: float,
+        on_load_overran: Callable[[str], None],
         end: Callable[[int], None] = os._exit,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hand = hand
         self._resident = resident
         self._load_s = load_s
+        self._on_load_overran = on_load_overran
         self._end = end
         self._monotonic = monotonic
 
@@ -40,17 +43,11 @@ class Watchdog:
             self.look()
 
     def look(self) -> None:
-        """Does not return if a batch has run for longer than its `max_run_s`, or a model was loading for too long."""
+        """Does not return if a batch has run for longer than its `max_run_s`."""
         now = self._monotonic()
         for model, since in self._resident.loading().items():
             if now - since > self._load_s:
-                logger.error(
-                    "load_overran",
-                    model=model,
-                    load_s=self._load_s,
-                    action="this process ends; HEADRACE_WORKER__LOAD_S allows for more",
-                )
-                self._end(EXIT_OVERRUN)
+                self._on_load_overran(model)
         for held in self._hand.begun():
             ran_s = now - held.began_at
             if ran_s > held.batch.max_run_s:

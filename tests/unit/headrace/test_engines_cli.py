@@ -18,7 +18,7 @@ from headrace.cli.engines import app
 from headrace.cli.models import app as models_app
 from infra.objects.files import FileObjects
 from pipelines.engines.onnxruntime import OnnxRuntime
-from schemas.errors import PipelineError
+from schemas.errors import InvalidModel, PipelineError
 
 MODEL_YAML = """\
 name: {name}
@@ -106,6 +106,27 @@ def test_an_engine_is_built_listed_shown_verified_and_pruned(
     [removed] = documents(run("prune", "--bytes", 0, "--json"))
     assert removed["key"] == engine["key"]
     assert "There are no engines" in words(run("list"))
+
+
+def test_prewarming_goes_on_after_an_engine_that_cannot_be_built(
+    run: Run, make_bundle: MakeBundle
+) -> None:
+    run("add", make_bundle("broken"), make_bundle("good"), models=True, machine="another")
+    build = OnnxRuntime.compile
+
+    def compile_(self: OnnxRuntime, model: Path, *rest: Any) -> None:
+        if "broken" in str(model):
+            raise InvalidModel("engine_build_failed", "Expected it to compile; do something.")
+        build(self, model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxRuntime, "compile", compile_)
+        done = run("prewarm")
+    assert done.exit_code == 2
+    told = done.stdout.splitlines()
+    assert told[0].startswith("broken/1 main: not built: engine_build_failed")
+    assert told[2].startswith("broken/1: does not run: ")
+    assert told[3].startswith("good/1: loaded and warmed up in ")
 
 
 def test_prewarming_shows_that_an_engine_does_not_run(

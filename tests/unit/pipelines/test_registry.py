@@ -164,8 +164,14 @@ def answers(objects: FileObjects, cache: EngineCache) -> Callable[[str, list[byt
         catalogue = Catalogue(objects)
         bundle = Bundle.open(catalogue.folder(catalogue.resolve(name)), check_graphs=False)
         config = bundle.config
-        engine = Engines(cache).load(
-            bundle.path(config.engines["main"].file), config.engines["main"], config.batch.buckets
+        engine = (
+            Engines(cache)
+            .obtain(
+                bundle.path(config.engines["main"].file),
+                config.engines["main"],
+                config.batch.buckets,
+            )
+            .load()
         )
         model = LoadedModel(bundle, {"main": engine})
         rows = model.infer([model.decode(p, "application/octet-stream", {}) for p in payloads])

@@ -25,10 +25,10 @@ def test_what_was_built_ahead_is_loaded_where_builds_must_not_run(
 ) -> None:
     model = classifier()
     with pytest.raises(Transient, match="tiny/1 main") as refused:
-        Engines(cache).load(model, CONFIG, (1, 8), may_build=False, label="tiny/1 main")
+        Engines(cache).obtain(model, CONFIG, (1, 8), may_build=False, label="tiny/1 main").load()
     assert refused.value.code == "engine_not_built"
     Engines(cache).build(model, CONFIG, (1, 8)).release()
-    Engines(cache).load(model, CONFIG, (1, 8), may_build=False).close()
+    Engines(cache).obtain(model, CONFIG, (1, 8), may_build=False).load().close()
 
 
 def test_an_engine_that_is_there_is_compiled_anew_where_that_is_asked_for(
@@ -120,11 +120,11 @@ def cache_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., E
     return open_
 
 
-@pytest.mark.parametrize("environment", [{}, {"KEYS": ""}])
+@pytest.mark.parametrize("environment", [{}, {"KEYS": "{}"}])
 def test_without_keys_engines_stay_on_this_machine(
     cache_of: Callable[..., EngineCache], tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """A compose file passes on "" where nobody has set any."""
+    """A compose file passes on {} where nobody has set any."""
     cache = cache_of(**environment)
     assert cache.store is None
     cache.get_or_build({"model": "a"}, lambda into: None).release()

@@ -37,7 +37,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def load(model: Path, cache: EngineCache, buckets: tuple[int, ...] = (1, 8)) -> Engine:
-    return Engines(cache).load(model, CONFIG, buckets, threads=1)
+    return Engines(cache).obtain(model, CONFIG, buckets).load()
 
 
 def test_a_hit_compiles_nothing_and_answers_the_same(
@@ -50,15 +50,30 @@ def test_a_hit_compiles_nothing_and_answers_the_same(
     assert np.array_equal(first, again)
 
 
+def test_an_engine_that_is_compiled_anew_while_it_is_loaded_is_to_be_loaded_again(
+    classifier: MakeModel, cache: EngineCache
+) -> None:
+    """Files of both may have been read."""
+    engines, model = Engines(cache), classifier()
+    obtained = engines.obtain(model, CONFIG, (1, 8))
+    engines.build(model, CONFIG, (1, 8), rebuild=True).release()
+
+    with pytest.raises(Transient) as replaced:
+        obtained.load()
+
+    assert replaced.value.code == "engine_replaced"
+    engines.obtain(model, CONFIG, (1, 8)).load().close()
+
+
 def test_a_load_tells_its_steps_and_where_the_artefact_came_from(
     classifier: MakeModel, cache: EngineCache
 ) -> None:
     told: list[str] = []
     for _ in range(2):
-        Engines(cache).load(classifier(), CONFIG, (1, 8), threads=1, on_step=told.append).close()
+        Engines(cache).obtain(classifier(), CONFIG, (1, 8), on_step=told.append).load().close()
     assert told == [
-        "backend", "artefact (built)", "load",
-        "backend", "artefact (local)", "load",
+        "backend", "artefact (built)",
+        "backend", "artefact (local)",
     ]  # fmt: skip
 
 
@@ -75,7 +90,7 @@ A_HIT = """if True:
     from schemas.models import EngineConfig
     cache = EngineCache(pathlib.Path(sys.argv[2]), 2**30)
     config = EngineConfig(file="model.onnx")
-    Engines(cache).load(pathlib.Path(sys.argv[1]), config, (1, 8), may_build=False).close()
+    Engines(cache).obtain(pathlib.Path(sys.argv[1]), config, (1, 8), may_build=False).load().close()
     print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
@@ -149,7 +164,7 @@ def test_a_broken_model_is_compiled_once_and_again_when_forced(
         assert refused.value.code == "unusable_onnx"
     assert len(compiled) == 1
     with pytest.raises(InvalidModel):
-        Engines(cache).load(model, CONFIG, (1,), force=True)
+        Engines(cache).obtain(model, CONFIG, (1,), force=True).load()
     assert len(compiled) == 2
 
 
@@ -196,12 +211,12 @@ FULL_DISK = """if True:
     cache = EngineCache(root, max_bytes=1 << 30)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        Engines(cache).load(model, EngineConfig(file="model.onnx"), (1,))
+        Engines(cache).obtain(model, EngineConfig(file="model.onnx"), (1,)).load()
     except Transient as error:
         print(json.dumps([error.code, error.message]))
     left = [str(path) for name in ("objects", "building") for path in (root / name).rglob("*")]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    Engines(cache).load(model, EngineConfig(file="model.onnx"), (1,))
+    Engines(cache).obtain(model, EngineConfig(file="model.onnx"), (1,)).load()
     print(json.dumps(left))
 """
 
@@ -246,11 +261,11 @@ OUT_OF_MEMORY = """if True:
     digest._SETTLED_NS = -(10**15)  # or the model itself would be read once more
     model, root = map(pathlib.Path, sys.argv[1:3])
     cache, config = EngineCache(root, max_bytes=1 << 30), EngineConfig(file="model.onnx")
-    Engines(cache).load(model, config, (1,)).close()
+    Engines(cache).obtain(model, config, (1,)).load().close()
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
     try:
-        Engines(cache).load(model, config, (1,))
+        Engines(cache).obtain(model, config, (1,)).load()
     except DeviceOutOfMemory as error:
         print(error)
 """

@@ -229,7 +229,7 @@ def test_it_is_taken_when_it_is_asked_for_and_kept_apart_from_the_cpu(
 ) -> None:
     model = classifier()
     for backend, providers in (("onnxruntime", [CPU]), ("onnxruntime-cuda", None)):
-        Engines(cache).load(model, EngineConfig("model.onnx", backend), (1,)).close()
+        Engines(cache).obtain(model, EngineConfig("model.onnx", backend), (1,)).load().close()
         assert providers is None or FakeSession.asked[0] == providers
     assert len(list((cache.root / "objects").glob("*/*"))) == 2
 

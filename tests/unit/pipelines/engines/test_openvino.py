@@ -224,7 +224,7 @@ def test_changed_weights_change_the_answers_though_path_size_and_time_stay(
         model = classifier(seed=seed)
         os.utime(model, ns=(10**18, 10**18))
         seen.add((model.stat().st_size, model.stat().st_mtime_ns))
-        engine = Engines(cache).load(model, config, (1, 8))
+        engine = Engines(cache).obtain(model, config, (1, 8)).load()
         answers.append(engine.run({"x": batch})["y"])
         engine.close()
     assert len(seen) == 1

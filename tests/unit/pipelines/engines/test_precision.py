@@ -41,7 +41,7 @@ def config(
 
 
 def load(model: Path, asked: EngineConfig, cache: EngineCache) -> Engine:
-    return Engines(cache).load(model, asked, (1, 8))
+    return Engines(cache).obtain(model, asked, (1, 8)).load()
 
 
 def kept(cache: EngineCache) -> int:

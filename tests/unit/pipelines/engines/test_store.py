@@ -22,7 +22,7 @@ from pipelines.engines.leases import BuildLease
 from pipelines.engines.manifest import key_of
 from pipelines.engines.signing import Keyring
 from pipelines.engines.store import EngineStore
-from schemas.errors import InvalidModel, PipelineError, Transient
+from schemas.errors import InvalidJob, InvalidModel, PipelineError, Transient
 from schemas.payloads import Ref
 
 PARTS: dict[str, object] = {"model": "abc", "version": 1}
@@ -320,6 +320,62 @@ def test_a_damaged_engine_that_verify_finds_is_shared_again_by_who_has_it(
     assert machine("x").store.verify(KEY)  # type: ignore[union-attr]
     assert machine("a").share(KEY)
     assert machine("x").store.verify(KEY) is None  # type: ignore[union-attr]
+
+
+def test_a_piece_that_arrives_damaged_is_asked_for_once_more(
+    machine: Machine, objects: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault may be of this machine, and the engine the only one that the fleet has."""
+    machine("a").get_or_build(PARTS, Builder()).release()
+    fetch, broken = objects.fetch_into, []
+
+    def fetch_into(ref: Ref, file: Any) -> None:
+        if ref.key not in broken:
+            broken.append(ref.key)
+            file.write(b"half of it")
+            raise InvalidJob("object_mismatch", "another SHA-256")
+        fetch(ref, file)
+
+    monkeypatch.setattr(objects, "fetch_into", fetch_into)
+    artefact = machine("b").get_or_build(PARTS, never)
+
+    assert artefact.trace.origin == "store"
+    assert is_whole(artefact)
+
+
+def test_builders_whose_keys_have_nothing_in_common_do_not_replace_each_others_engine_for_ever(
+    machine: Machine,
+) -> None:
+    caches = [
+        machine(name, Keyring({name: name.encode() * 32}), build_wait_s=5) for name in ("a", "b")
+    ]
+    for cache in caches:
+        cache.get_or_build(PARTS, Builder()).release()
+    key = key_of(PARTS)
+
+    shared = [cache.share(key) for _ in range(4) for cache in caches]
+
+    assert shared.count(True) <= 2
+
+
+def test_what_turns_out_damaged_while_it_is_published_is_not_served(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = EngineStore.publish
+
+    def damaged(self: EngineStore, key: str, entry: Path, **options: Any) -> bool:
+        file = entry / "artefact" / "engine.bin"
+        file.write_bytes(file.read_bytes()[:-1])
+        return publish(self, key, entry, **options)
+
+    cache = machine("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineStore, "publish", damaged)
+        with pytest.raises(Transient) as rejected:
+            cache.get_or_build(PARTS, Builder())
+    assert rejected.value.code == "engine_rejected"
+
+    assert cache.get_or_build(PARTS, Builder()).trace.origin == "built"
 
 
 def test_a_manifest_that_took_the_place_of_a_damaged_one_stays(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from infra.settings import load_settings
@@ -16,6 +17,7 @@ from workers.inference.hearing import DEAF_S, Hearing
 from workers.inference.main import Worker
 from workers.inference.residency import Wanted
 from workers.inference.start import Steps
+from workers.inference.watchdog import EXIT_OVERRUN
 from workers.process import EXIT_FAILED
 
 
@@ -219,13 +221,43 @@ def test_a_worker_whose_device_failed_asks_for_no_more_and_ends_as_failed(
     assert ended.value.args == (EXIT_FAILED,)
 
 
+def test_a_load_that_hangs_is_charged_to_its_jobs_and_no_others_and_ends_the_worker(
+    worker: Worker, fleet: Any, make_batch: Any, make_items: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *sent: signals.append(sent))
+    worker.health.ready = True
+    stuck, other, running = (make_batch(make_items(name)) for name in ("1", "2", "3"))
+    other = msgspec.structs.replace(other, model="other")
+    for batch in (stuck, other, running):
+        fleet.lease(batch, "w")
+        worker.hand.hold(batch, "any")
+    worker.hand.held()[2].began_at = 1.0
+
+    for _ in range(2):  # as often as the watchdog looks
+        worker.on_load_overran(f"{stuck.model}/{stuck.version}")
+
+    (completion,) = fleet.read_inbox()
+    assert completion.batch_id == stuck.id
+    assert [(item.code, item.retry) for item in completion.items] == [("load_overran", True)]
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+    assert worker.hand.closed
+    assert worker.exit_code == EXIT_OVERRUN
+
+
+def test_a_load_that_hangs_at_the_start_ends_the_worker_at_once(worker: Worker) -> None:
+    with pytest.raises(Ended) as ended:
+        worker.on_load_overran("echo/1")
+    assert ended.value.args == (EXIT_OVERRUN,)
+
+
 def test_after_a_device_that_failed_nothing_is_asked_of_it_any_more(
     worker: Worker, fleet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may not even answer, and the process ends anyway."""
     closed: list[str] = []
     engine: Any = SimpleNamespace(memory_bytes=1, close=lambda: closed.append("the engine"))
-    wanted = Wanted(1, False, lambda: engine)
+    wanted = Wanted(1, False, lambda _: engine)
     monkeypatch.setattr(worker.models.resident, "_want", lambda *_: wanted)
     monkeypatch.setattr(os, "kill", lambda *_: None)
     with worker.models.resident.use("echo", 1):

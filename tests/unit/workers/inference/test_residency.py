@@ -37,13 +37,17 @@ class Loader:
     def __init__(self) -> None:
         self.loaded: list[Loaded] = []
         self.expected: dict[str, int] = {}
+        self.missing: Exception | None = None
         self.failures: list[Exception] = []
         self.during: Callable[[str], None] = lambda name: None
 
     def __call__(self, name: str, version: int) -> Wanted:
         memory_bytes = int(name.partition("-")[2] or 10)
 
-        def load() -> Any:
+        def load(make_room: Callable[[], None]) -> Any:
+            if self.missing:
+                raise self.missing
+            make_room()
             self.during(name)
             if self.failures:
                 raise self.failures.pop()
@@ -178,9 +182,37 @@ def test_models_that_take_turns_are_not_loaded_for_every_batch(
             clock.advance(0.1)
 
     took_s = clock.monotonic() - began
-    assert len(loader.loaded) <= 1 + took_s / STAY_LOADS
+    assert len(loader.loaded) <= 1 + took_s / STAY_LOADS  # each takes a second
     assert runs > 400
     assert {model.name for model in loader.loaded} == {"big0-20", "big1-20"}
+
+
+def test_however_many_models_are_held_most_of_the_time_goes_into_runs(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    """Ten of twenty fit: each holds its place for longer than if it were alone."""
+    loader.during = lambda name: clock.advance(0.1)
+    began = clock.monotonic()
+    for turn in range(5000):
+        with suppress(Transient), residency.use(f"m{turn % 20}-2", 1):
+            pass
+        clock.advance(0.05)
+
+    loading_s = 0.1 * len(loader.loaded)
+    assert loading_s <= (clock.monotonic() - began) / 20 + 10 * 0.1
+    assert len(loader.loaded) > 10
+
+
+def test_a_newcomer_whose_engine_is_not_there_takes_nobodys_place(
+    residency: Residency, loader: Loader
+) -> None:
+    use(residency, "a", "b")
+    loader.missing = Transient("engine_not_built", "Not yet.")
+
+    with pytest.raises(Transient):
+        use(residency, "premium")
+
+    assert loader.open() == ["a", "b"]
 
 
 def test_a_slow_load_does_not_keep_its_place_for_ever(
@@ -256,6 +288,45 @@ def test_a_device_that_is_full_with_nothing_to_let_go_of_is_told(
         use(residency, "a")
 
     assert len(loader.failures) == 1
+
+
+def test_a_device_that_is_full_until_runs_end_is_no_fault_of_the_job(
+    residency: Residency, loader: Loader
+) -> None:
+    with residency.use("a", 1):
+        loader.failures = [DeviceOutOfMemory("Full.")]
+        with pytest.raises(Transient) as refused:
+            use(residency, "b")
+        assert refused.value.code == "engine_memory_full"
+
+    use(residency, "b")
+
+    assert loader.open() == ["b"]
+
+
+def test_no_more_leave_a_full_device_than_the_newcomer_needs(
+    residency: Residency, loader: Loader
+) -> None:
+    use(residency, "small-5", "other-5")
+    loader.failures = [DeviceOutOfMemory("Full.")]
+
+    use(residency, "new-5")
+
+    assert loader.open() == ["other-5", "new-5"]
+
+
+def test_a_model_that_does_not_close_is_no_matter_of_the_batch(
+    residency: Residency, loader: Loader
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("no")
+
+    use(residency, "a")
+    loader.loaded[0].close = refuse  # type: ignore[method-assign]
+
+    use(residency, "big-20")
+
+    assert residency.names() == ["big-20/1"]
 
 
 def test_what_is_being_loaded_is_told_with_its_begin(
