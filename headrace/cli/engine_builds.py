@@ -87,6 +87,8 @@ def _warm(name: str, bundle: Bundle, engines: Engines, budget_bytes: int) -> War
             model.warm()
     except PipelineError as error:
         return Warmed(model=name, error=f"{error.code}: {error.message}")
+    except Exception as error:  # a bug in a step of one model is no reason to leave out the others
+        return Warmed(model=name, error=f"{type(error).__name__}: {error}")
     return Warmed(model=name, warm_s=round(time.monotonic() - began, 6))
 
 

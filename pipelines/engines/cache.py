@@ -118,17 +118,18 @@ class EngineCache:
         if self.store is None:
             return False
         there = self.store.manifest(key)
-        if there is not None:
-            # Once: a builder with other keys would do the same to ours.
-            if self._is_believed(self.store, there, key) or key in self._replaced:
-                return False
-            self._replaced.add(key)
+        # Replaced once: a builder with other keys would do the same to ours.
+        if there and (key in self._replaced or self._is_believed(self.store, there, key)):
+            return False
         with errors_of_disk(self.root):
             lease = self.disk.find(key)
             if lease is None:
                 return False
             try:
-                return self.store.publish(key, self.disk.entry(key), replace=there is not None)
+                shared = self.store.publish(key, self.disk.entry(key), replace=there is not None)
+                if there is not None:
+                    self._replaced.add(key)
+                return shared
             except Rejected as reason:
                 self.disk.verify(key, self._policy.wait_s)
                 raise Transient(

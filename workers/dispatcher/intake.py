@@ -21,6 +21,7 @@ from workers.dispatcher.leases import Leases
 from workers.dispatcher.memory import JobMemory, OpenJob
 from workers.dispatcher.outcomes import Outcomes
 from workers.dispatcher.ownership import Ownership
+from workers.dispatcher.waiting import Waiting
 
 TOPICS = (*JOB_TOPICS, RETRY, CONTROL)
 BULK_TOPICS = [topic for topic in JOB_TOPICS if lane_of(topic) == "bulk"]
@@ -44,6 +45,7 @@ class Intake:
         leases: Leases,
         outcomes: Outcomes,
         breaker: Breaker,
+        waiting: Waiting,
         window_bytes: int,
     ) -> None:
         self._consumer = consumer
@@ -55,6 +57,7 @@ class Intake:
         self._leases = leases
         self._outcomes = outcomes
         self._breaker = breaker
+        self._waiting = waiting
         self._window_bytes = window_bytes
         self._delayed: dict[str, OpenJob] = {}
         self._wake_at: list[tuple[float, int, OpenJob]] = []
@@ -190,6 +193,8 @@ class Intake:
         elif job.job.not_before > now:
             wake_at = min(job.job.not_before, job.job.deadline_at)
             self._delayed[job.job.id] = job
+            if job.job.waits_for:
+                self._waiting.waits(job.model, now)
             heapq.heappush(self._wake_at, (wake_at, job.order, job))
         else:
             self._queue(job, now)

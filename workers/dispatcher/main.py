@@ -124,6 +124,7 @@ class Process(PatientProcess):
             self.leases,
             self.outcomes,
             self.breaker,
+            waiting,
             options.window_bytes,
         )
         self.dispatcher = Dispatcher(

@@ -53,6 +53,10 @@ class Waiting:
         most_s = max(WAIT_MIN_S, min(WAIT_MOST_S, WAIT_SHARE * (now - submitted_at)))
         return max(state.turn_at, now + self._rng.uniform(most_s / 2, most_s))
 
+    def waits(self, model: str, now: float) -> None:
+        """A job is there that found something lacking before, maybe in another life."""
+        self._models.setdefault(model, _Model(missed_at=now))
+
     def answered(self, model: str) -> None:
         if state := self._models.get(model):
             state.answered = True
@@ -67,7 +71,9 @@ class Waiting:
                 released[model] = state.release
                 state.release = min(2 * state.release, RELEASE_MOST)
             if state.answered:
-                state.turn_at = now  # for the next; those that have theirs are released
+                state.turn_at = (
+                    now  # somebody has it: who comes next need not queue behind the crowd
+                )
             if not state.missed and now - state.missed_at > FORGET_S:
                 del self._models[model]
             state.missed = state.answered = False

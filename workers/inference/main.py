@@ -143,12 +143,14 @@ class Worker:
 
     def on_load_overran(self, model: str) -> None:
         """Its thread hangs for good. The jobs that wait for it are charged, those of other models are not."""
+        if self.hand.closed:
+            return  # it ends anyway
+        logger.error("load_overran", model=model, load_s=self.settings.worker.load_s)
         if not self.health.ready:
-            logger.error("load_overran", model=model, action="the worker ends, to be started anew")
             os._exit(EXIT_OVERRUN)
-        if not self.exit_code:
-            self.runner.fail(model, LOAD_OVERRAN)
-            self.end(EXIT_OVERRUN, LOAD_OVERRAN.code)
+        self.hand.close()
+        self.runner.fail(model, LOAD_OVERRAN)
+        self.end(EXIT_OVERRUN, LOAD_OVERRAN.code)
 
     def end(self, exit_code: int, why: str) -> None:
         """Drain and end, for the supervisor to start another."""

@@ -15,9 +15,11 @@ from pipelines.load import load_model
 from pipelines.model import LoadedModel
 from schemas.errors import DEVICE_FAILED, PipelineError, Transient
 from schemas.models import ModelCard
+from workers.inference.load_marks import LoadMarks
 from workers.inference.residency import MEMORY_FULL, Residency, Wanted
 from workers.inference.start import Steps
 
+TOOK_DOWN = "its last load took the process down, so that is left to the jobs that want it"
 LOOK_EVERY_S = 5.0
 """How often to look for newer versions of what is loaded."""
 
@@ -40,7 +42,8 @@ class Models:
         self._engines = engines
         self._on_device_failed = on_device_failed
         self._start: Steps | None = None
-        self._unloadable: set[str] = set()
+        self._marks = LoadMarks(engines.cache.root / "loads")
+        self._unloadable = self._marks.left()
         self._not_loaded: set[str] = set()
         self.resident = Residency(self._wanted, options.memory_bytes)
 
@@ -53,23 +56,25 @@ class Models:
         names = self._options.models or self._by_worth()
         start.ended("catalogue")
         for name in names:
-            held = self.resident.names()
             try:
                 card = self._catalogue.resolve(name, None)
-                with self.resident.use(card.name, card.version):
+                if (model := f"{card.name}/{card.version}") in self._unloadable:
+                    logger.error("model_left_out", model=model, reason=TOOK_DOWN)
+                    continue
+                with self.resident.use(card.name, card.version, displace=False):
                     pass
             except Transient as error:
                 if error.code == DEVICE_FAILED:
                     raise
-                if error.code != MEMORY_FULL:
-                    self._not_loaded.add(name)
+                if error.code == MEMORY_FULL:
+                    logger.warning("model_left_out", model=name, reason=error.message)
+                    continue
+                self._not_loaded.add(name)
                 _log_failure(name, error)
                 start.ended(f"{name} not loaded")
             except Exception as error:
                 _log_failure(name, error)
                 start.ended(f"{name} not loaded")
-            if not set(held) <= set(self.resident.names()):
-                break  # it had to make room: the budget is used up
         self._start = None
 
     def keep_current_until(self, stop: threading.Event) -> None:
@@ -78,7 +83,8 @@ class Models:
 
     def keep_current(self) -> None:
         """Load newer versions of what is loaded beside it, and what was not to be had at the start, so that jobs
-        for them find them warm. One that does not load is left to the jobs that want it."""
+        for them find them warm. One that does not load, or that others would have to leave for, is left to the jobs
+        that want it."""
         held = self.resident.names()
         for name in sorted({model.partition("/")[0] for model in held} | self._not_loaded):
             try:
@@ -92,7 +98,7 @@ class Models:
     def _load_beside(self, card: ModelCard, model: str) -> bool:
         """False if that may be tried again."""
         try:
-            with self.resident.use(card.name, card.version):
+            with self.resident.use(card.name, card.version, displace=False):
                 logger.info("version_ready", model=model)
         except Transient as error:
             if error.code == DEVICE_FAILED:
@@ -115,7 +121,13 @@ class Models:
 
     def _load(self, card: ModelCard, make_room: Callable[[], None]) -> LoadedModel:
         """Fetch, load and warm one version. Raises PipelineError."""
-        steps = Steps(f"{card.name}/{card.version}", quiet=self._start is None)
+        model = f"{card.name}/{card.version}"
+        with self._marks.loading(model):
+            return self._load_marked(card, Steps(model, quiet=self._start is None), make_room)
+
+    def _load_marked(
+        self, card: ModelCard, steps: Steps, make_room: Callable[[], None]
+    ) -> LoadedModel:
         bundle = Bundle.open(self._catalogue.folder(card), check_graphs=False)
         steps.ended("fetch")
         model = load_model(

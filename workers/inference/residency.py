@@ -28,6 +28,9 @@ STAY_MOST_S = 60.0
 """A model stays so many times as long as it took to load, times the number of those that are held: so at most a
 twentieth of a worker's time goes into loads, but where these take so long that the limit applies."""
 
+CLAIM_S = 60.0
+"""How long it counts that a model was refused; its jobs ask more often than that."""
+
 MEMORY_FULL = "engine_memory_full"
 
 Key = tuple[str, int]
@@ -59,6 +62,15 @@ class _Place:
     leaving: bool = False
 
 
+@dataclass(slots=True)
+class _Claim:
+    """Of a model that was refused. since, asked_at: for the first time and the last, on the monotonic clock."""
+
+    premium: bool
+    since: float
+    asked_at: float = 0.0
+
+
 class Residency:
     """want: looks a version up; raises PipelineError. budget_bytes: most bytes of engine memory of models that stay;
     those that leave may be held beside them until their runs end."""
@@ -74,10 +86,11 @@ class Residency:
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._places: OrderedDict[Key, _Place] = OrderedDict()
+        self._claims: dict[Key, _Claim] = {}
 
     @contextmanager
-    def use(self, name: str, version: int) -> Iterator[LoadedModel]:
-        """The model, loaded if it was not; it stays for the length of the block.
+    def use(self, name: str, version: int, *, displace: bool = True) -> Iterator[LoadedModel]:
+        """The model, loaded if it was not; it stays for the length of the block. displace: others may leave for it.
 
         Raises PipelineError, and Transient("engine_memory_full") if models that have to stay leave it no room.
         """
@@ -86,7 +99,7 @@ class Residency:
         try:
             with place.lock:
                 if place.model is None:
-                    self._load(key, place)
+                    self._load(key, place, displace)
                 model = place.model
             assert model is not None
             yield model
@@ -138,18 +151,19 @@ class Residency:
                 self._places.pop(key, None)
         self._close_idle()
 
-    def _load(self, key: Key, place: _Place) -> None:
+    def _load(self, key: Key, place: _Place, displace: bool) -> None:
         began = self._monotonic()
         with self._lock:
             place.loading_since = began
         try:
-            model = self._loaded(key, place, self._want(*key))
+            model = self._loaded(key, place, self._want(*key), displace)
         except BaseException:
             with self._lock:
                 place.loading_since, place.memory_bytes = None, 0
             raise
         took_s = self._monotonic() - began
         with self._lock:
+            self._claims.pop(key, None)
             place.loading_since = None
             place.model, place.memory_bytes = model, model.memory_bytes
             staying = sum(not other.leaving for other in self._places.values())
@@ -161,31 +175,68 @@ class Residency:
             logger.warning("engine_memory_over_budget", model=_name(key), bytes=over_bytes)
         self._close_idle()
 
-    def _loaded(self, key: Key, place: _Place, wanted: Wanted) -> LoadedModel:
-        """Once more on a device that is full before the budget is, if anything can leave it."""
-        make_room = partial(self._make_room, key, place, wanted)
-        try:
-            return wanted.load(make_room)
-        except DeviceOutOfMemory:
-            with self._lock:
-                displaced = self._displace(place, wanted.memory_bytes)
-            if self._close_idle():
-                raise _no_room(key, "the device is full until runs of others end") from None
-            if not displaced:
-                raise
-        return wanted.load(make_room)
-
-    def _make_room(self, key: Key, place: _Place, wanted: Wanted) -> None:
+    def _loaded(self, key: Key, place: _Place, wanted: Wanted, displace: bool) -> LoadedModel:
         with self._lock:
-            place.premium, place.memory_bytes = wanted.premium, 0
-            if wanted.memory_bytes > self._budget_bytes:
-                return  # to load it says what is wrong
-            short_bytes = wanted.memory_bytes - self._room()
-            if short_bytes > sum(other.memory_bytes for other in self._displaceable(place)):
-                raise _no_room(key, "those that are loaded are premium, or came a moment ago")
-            self._displace(place, short_bytes)
-            place.memory_bytes = wanted.memory_bytes
+            place.premium = wanted.premium
+            self._expect_room(key, place, wanted, displace)  # before anything is fetched for it
+        try:
+            return wanted.load(partial(self._make_room, key, place, wanted, displace))
+        except DeviceOutOfMemory:
+            if wanted.memory_bytes > self._budget_bytes or self._is_alone(place):
+                raise
+            if displace:
+                with self._lock:
+                    self._displace(place, wanted.memory_bytes)
+                self._close_idle()
+            raise _no_room(key, "others fill the device") from None
+
+    def _make_room(self, key: Key, place: _Place, wanted: Wanted, displace: bool) -> None:
+        with self._lock:
+            self._displace(place, self._expect_room(key, place, wanted, displace))
+            if wanted.memory_bytes <= self._budget_bytes:
+                place.memory_bytes = wanted.memory_bytes
         self._close_idle()
+
+    def _expect_room(self, key: Key, place: _Place, wanted: Wanted, displace: bool) -> int:
+        """How many bytes others have to leave."""
+        short_bytes = wanted.memory_bytes - self._room()
+        if wanted.memory_bytes > self._budget_bytes or short_bytes <= 0:
+            return 0  # if it is too large, to load it says so
+        if not displace:
+            raise _no_room(key, "the budget is used up")
+        if short_bytes > sum(other.memory_bytes for other in self._displaceable(place)):
+            self._claim(key, place, wanted.memory_bytes)
+            raise _no_room(key, "those that are loaded are premium, or came a moment ago")
+        if self._is_claimed(key, place):
+            raise _no_room(key, "another model waits for longer")
+        return short_bytes
+
+    def _claim(self, key: Key, place: _Place, memory_bytes: int) -> None:
+        """Note that it was refused, if there can be room for it one day."""
+        pinned = (other.memory_bytes for other in self._places.values() if other.premium)
+        if place.premium or memory_bytes <= self._budget_bytes - sum(pinned):
+            now = self._monotonic()
+            claim = self._claims.setdefault(key, _Claim(place.premium, now))
+            claim.asked_at = now
+
+    def _is_claimed(self, key: Key, newcomer: _Place) -> bool:
+        """Whether what can leave is kept for a model that has been refused for long: it may need more to leave at
+        once than ever does while smaller ones take turns."""
+        now = self._monotonic()
+        self._claims = {
+            who: claim for who, claim in self._claims.items() if now - claim.asked_at <= CLAIM_S
+        }
+        return any(
+            now - claim.since > STAY_MOST_S
+            for who, claim in self._claims.items()
+            if who != key and (claim.premium or not newcomer.premium)
+        )
+
+    def _is_alone(self, place: _Place) -> bool:
+        """On the device, as far as this worker knows."""
+        with self._lock:
+            others = (other for other in self._places.values() if other is not place)
+            return not any(other.model or other.loading_since is not None for other in others)
 
     def _room(self) -> int:
         """Bytes of the budget that nobody has who stays."""

@@ -70,14 +70,15 @@ class BatchRunner:
                 return
 
     def fail(self, model: str, error: PipelineError) -> None:
-        """Report every batch for this model that has not begun; each of its jobs may be tried again."""
+        """Report every batch for this model that has not begun; each of its jobs may be tried again. Such a batch
+        is not in hand any more: its lease ends, so that it cannot begin."""
         item = ItemOutcome(code=error.code, message=error.message, retry=True)
         for held in self._hand.held():
             batch = held.batch
             if not held.began_at and f"{batch.model}/{batch.version}" == model:
-                self._report(
-                    batch, Completion(batch.id, self._hand.worker, [item] * len(batch.items))
-                )
+                items = [item] * len(batch.items)
+                self._report(batch, Completion(batch.id, self._hand.worker, items))
+                self._hand.drop(batch.id)
 
     def give_back(self, batch: Batch) -> None:
         """Return a batch unrun; its jobs go elsewhere and nobody is charged."""

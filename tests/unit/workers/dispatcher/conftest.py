@@ -207,6 +207,7 @@ def make_world(
             leases,
             outcomes,
             breaker,
+            waiting,
             window_bytes,
         )
         dispatcher = Dispatcher(

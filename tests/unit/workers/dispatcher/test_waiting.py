@@ -88,6 +88,16 @@ def test_what_is_found_lacking_meanwhile_begins_it_anew() -> None:
     assert waiting.release(0) == {"m/1": RELEASE_FIRST}
 
 
+def test_what_was_refused_in_another_life_is_released_too() -> None:
+    waiting = Waiting()
+    waiting.waits("m/1", 0)
+    assert waiting.release(0) == {}
+
+    waiting.answered("m/1")
+
+    assert waiting.release(0) == {"m/1": RELEASE_FIRST}
+
+
 def test_a_model_that_does_not_answer_releases_nobody() -> None:
     waiting = Waiting()
     waiting.missed("m/1", 0, 0)

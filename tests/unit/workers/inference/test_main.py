@@ -225,7 +225,12 @@ def test_a_load_that_hangs_is_charged_to_its_jobs_and_no_others_and_ends_the_wor
     worker: Worker, fleet: Any, make_batch: Any, make_items: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signals: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda *sent: signals.append(sent))
+
+    def kill(*sent: int) -> None:
+        signals.append(sent)
+        worker.health.ready = False  # as Celery does by way of on_drain
+
+    monkeypatch.setattr(os, "kill", kill)
     worker.health.ready = True
     stuck, other, running = (make_batch(make_items(name)) for name in ("1", "2", "3"))
     other = msgspec.structs.replace(other, model="other")
@@ -243,6 +248,7 @@ def test_a_load_that_hangs_is_charged_to_its_jobs_and_no_others_and_ends_the_wor
     assert signals == [(os.getpid(), signal.SIGTERM)]
     assert worker.hand.closed
     assert worker.exit_code == EXIT_OVERRUN
+    assert [held.batch.id for held in worker.hand.held()] == [other.id, running.id]
 
 
 def test_a_load_that_hangs_at_the_start_ends_the_worker_at_once(worker: Worker) -> None:

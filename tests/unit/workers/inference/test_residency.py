@@ -274,20 +274,80 @@ def test_a_device_that_is_full_before_the_budget_is_gets_room_and_is_asked_once_
     use(residency, "a")
     loader.failures = [DeviceOutOfMemory("Full.")]
 
+    with pytest.raises(Transient) as refused:
+        use(residency, "b")
+    assert refused.value.code == "engine_memory_full"
+    assert loader.open() == []
     use(residency, "b")
 
     assert loader.open() == ["b"]
 
 
-def test_a_device_that_is_full_with_nothing_to_let_go_of_is_told(
+def test_a_device_that_is_too_small_for_the_model_alone_is_told(
     residency: Residency, loader: Loader
 ) -> None:
-    loader.failures = [DeviceOutOfMemory("Full.")] * 2
+    loader.failures = [DeviceOutOfMemory("Full.")]
 
     with pytest.raises(DeviceOutOfMemory):
         use(residency, "a")
 
-    assert len(loader.failures) == 1
+
+def test_a_device_that_is_full_of_what_has_to_stay_is_no_fault_of_the_job(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    loader.during = lambda name: clock.advance(1)
+    use(residency, "a")
+    loader.failures = [DeviceOutOfMemory("Full.")]
+
+    with pytest.raises(Transient) as refused:
+        use(residency, "b")
+
+    assert refused.value.code == "engine_memory_full"
+    assert loader.open() == ["a"]
+
+
+def test_a_large_model_gets_its_turn_however_many_small_ones_take_theirs(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    """It needs all that is held to leave at once."""
+    loader.during = lambda name: clock.advance(0.5)
+    served = []
+    for turn in range(6000):
+        name = "big-20" if turn % 11 == 0 else f"small{turn % 7}-4"
+        with suppress(Transient), residency.use(name, 1):
+            served.append(name)
+        clock.advance(0.2)
+
+    thirds = [served[i * len(served) // 3 : (i + 1) * len(served) // 3] for i in range(3)]
+    assert all("big-20" in third for third in thirds)
+    assert len(set(served)) == 8
+
+
+def test_a_model_that_premium_ones_leave_no_room_for_keeps_no_others_from_theirs(
+    residency: Residency, loader: Loader, clock: Any
+) -> None:
+    use(residency, "premium", "a")
+    for _ in range(20):
+        clock.advance(10)
+        with pytest.raises(Transient):
+            use(residency, "big-20")
+
+    use(residency, "b")
+
+    assert loader.open() == ["premium", "b"]
+
+
+def test_what_nobody_asked_for_yet_takes_nobodys_place(
+    residency: Residency, loader: Loader
+) -> None:
+    use(residency, "a")
+    with residency.use("b", 1, displace=False):
+        pass
+
+    with pytest.raises(Transient), residency.use("c", 1, displace=False):
+        raise AssertionError("there is no room for it")
+
+    assert loader.open() == ["a", "b"]
 
 
 def test_a_device_that_is_full_until_runs_end_is_no_fault_of_the_job(
@@ -310,9 +370,10 @@ def test_no_more_leave_a_full_device_than_the_newcomer_needs(
     use(residency, "small-5", "other-5")
     loader.failures = [DeviceOutOfMemory("Full.")]
 
-    use(residency, "new-5")
+    with pytest.raises(Transient):
+        use(residency, "new-5")
 
-    assert loader.open() == ["other-5", "new-5"]
+    assert loader.open() == ["other-5"]
 
 
 def test_a_model_that_does_not_close_is_no_matter_of_the_batch(
