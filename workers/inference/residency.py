@@ -208,6 +208,7 @@ class Residency:
             self._claim(key, place, wanted.memory_bytes)
             raise _no_room(key, "those that are loaded are premium, or came a moment ago")
         if self._is_claimed(key, place):
+            self._claim(key, place, wanted.memory_bytes)
             raise _no_room(key, "another model waits for longer")
         return short_bytes
 
@@ -220,16 +221,18 @@ class Residency:
             claim.asked_at = now
 
     def _is_claimed(self, key: Key, newcomer: _Place) -> bool:
-        """Whether what can leave is kept for a model that has been refused for long: it may need more to leave at
-        once than ever does while smaller ones take turns."""
+        """Whether what can leave is kept for a model that has been refused for long, and for longer than this one:
+        it may need more to leave at once than ever does while smaller ones take turns."""
         now = self._monotonic()
         self._claims = {
             who: claim for who, claim in self._claims.items() if now - claim.asked_at <= CLAIM_S
         }
+        own = self._claims.get(key)
+        before = min(own.since if own else now, now - STAY_MOST_S)
         return any(
-            now - claim.since > STAY_MOST_S
-            for who, claim in self._claims.items()
-            if who != key and (claim.premium or not newcomer.premium)
+            claim.since < before
+            for claim in self._claims.values()
+            if claim.premium or not newcomer.premium
         )
 
     def _is_alone(self, place: _Place) -> bool:

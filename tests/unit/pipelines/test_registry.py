@@ -228,6 +228,7 @@ def test_the_card_says_what_model_yaml_says(colours: Path, add: Add, objects: Fi
     assert card.batch.buckets == (1, 4)
     assert card.digest == Bundle.open(colours).digest
     assert card.size_bytes == sum(path.stat().st_size for path in colours.iterdir())
+    assert card.memory_bytes > 0, "as its engines were loaded"
     assert Catalogue(objects).resolve("colours") == card
 
 

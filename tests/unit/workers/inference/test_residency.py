@@ -306,21 +306,22 @@ def test_a_device_that_is_full_of_what_has_to_stay_is_no_fault_of_the_job(
     assert loader.open() == ["a"]
 
 
+@pytest.mark.parametrize("large", [["big-20"], ["big-20", "big2-20", "large-18"]])
 def test_a_large_model_gets_its_turn_however_many_small_ones_take_theirs(
-    residency: Residency, loader: Loader, clock: Any
+    residency: Residency, loader: Loader, clock: Any, large: list[str]
 ) -> None:
     """It needs all that is held to leave at once."""
     loader.during = lambda name: clock.advance(0.5)
     served = []
-    for turn in range(6000):
-        name = "big-20" if turn % 11 == 0 else f"small{turn % 7}-4"
+    for turn in range(9000):
+        name = large[turn // 11 % len(large)] if turn % 11 == 0 else f"small{turn % 7}-4"
         with suppress(Transient), residency.use(name, 1):
             served.append(name)
         clock.advance(0.2)
 
     thirds = [served[i * len(served) // 3 : (i + 1) * len(served) // 3] for i in range(3)]
-    assert all("big-20" in third for third in thirds)
-    assert len(set(served)) == 8
+    assert all(name in third for third in thirds for name in large)
+    assert len(set(served)) == 7 + len(large)
 
 
 def test_a_model_that_premium_ones_leave_no_room_for_keeps_no_others_from_theirs(
