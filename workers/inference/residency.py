@@ -23,10 +23,10 @@ from pipelines.engines import DeviceOutOfMemory
 from pipelines.model import LoadedModel
 from schemas.errors import Transient
 
-STAY_LOADS = 20
+STAY_LOADS = 10
 STAY_MOST_S = 60.0
 """A model stays so many times as long as it took to load, times the number of those that are held: so at most a
-twentieth of a worker's time goes into loads, but where these take so long that the limit applies."""
+tenth of a worker's time goes into loads, but where these take so long that the limit applies."""
 
 CLAIM_S = 60.0
 """How long it counts that a model was refused; its jobs ask more often than that."""
