@@ -202,7 +202,7 @@ def _built(
     engine: ModelEngine, buckets: tuple[int, ...], cache: EngineCache, target: str
 ) -> ModelEngine:
     args = Path(engine.model), engine.config, buckets
-    artefact = Engines(cache).build(*args, target=target or None)
+    artefact = Engines(cache).obtain(*args, target=target or None).artefact
     artefact.release()
     if target:
         return structs.replace(engine, artefact=str(artefact.path))

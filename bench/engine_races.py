@@ -163,7 +163,7 @@ def ask(model: Path, root: Path) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
-    artefact = Engines(EngineCache(root, 1 << 30)).build(model, CONFIG, BUCKETS)
+    artefact = Engines(EngineCache(root, 1 << 30)).obtain(model, CONFIG, BUCKETS).artefact
     print(json.dumps([artefact.trace.origin, time.perf_counter() - began]))
 
 

@@ -84,7 +84,7 @@ def obtain(request: dict[str, Any], cache: EngineCache) -> dict[str, float]:
 
     began = time.perf_counter()
     for e in request["engines"]:
-        Engines(cache).build(
+        Engines(cache).obtain(
             Path(e["model"]), config_of(e), request["buckets"], target=request["target"]
         ).release()
     return {"load_ms": ms_since(began), "answered_at": time.monotonic()}

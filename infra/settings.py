@@ -277,10 +277,7 @@ class Settings(BaseSettings):
     /readyz (0: nowhere); health_host: beyond loopback for those who probe from elsewhere."""
 
     model_config = SettingsConfigDict(
-        env_prefix="HEADRACE_",
-        env_nested_delimiter="__",
-        frozen=True,
-        extra="forbid",
+        env_prefix="HEADRACE_", env_nested_delimiter="__", frozen=True, extra="forbid"
     )
 
     data_dir: Path = Field(default_factory=default_data_dir)

@@ -50,10 +50,10 @@ def see_built(
 ) -> Cached:
     """Fetch or compile the engine, unless this machine has it; and copy it to the store, if that has it not.
 
-    The others, and what is raised: see Engines.build.
+    The others, and what is raised: see Engines.obtain.
     """
     bundle = engine.bundle
-    artefact = engines.build(
+    obtained = engines.obtain(
         bundle.path(engine.config.file),
         engine.config,
         bundle.config.batch.buckets,
@@ -62,8 +62,8 @@ def see_built(
         rebuild=rebuild,
         on_wait=on_wait,
     )
-    artefact.release()
-    trace = artefact.trace
+    obtained.release()
+    trace = obtained.artefact.trace
     shared, fault = trace.origin == "built" and engines.cache.store is not None, trace.store_fault
     if trace.origin == "local":
         try:

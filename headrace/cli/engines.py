@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,15 @@ from headrace.cli.output import FAILED, USER_ERROR, console, handle_errors, outp
 from schemas.errors import InvalidJob
 
 if TYPE_CHECKING:
+    from headrace.cli.engine_builds import Built, Warmed
     from infra.catalogue import Catalogue
-    from pipelines.build import Wanted
     from pipelines.engines import EngineCache, Engines
     from pipelines.engines.inventory import EngineInfo
     from pipelines.engines.manifest import Manifest
     from pipelines.engines.store import EngineStore
 
 T = TypeVar("T")
+R = TypeVar("R", "Built", "Warmed")
 
 app = typer.Typer(help="Compile engines, and look after the cache of them.", no_args_is_help=True)
 
@@ -123,10 +124,12 @@ def build(
 
     With keys to sign them, they are copied to the object store. Exit code 2: one cannot be built.
     """
-    from headrace.cli.engine_builds import wanted
+    from headrace.cli.engine_builds import build_all, wanted
+    from headrace.cli.engine_tables import outcome
 
     named = wanted(models, _catalogue(data), backend)
-    if _build(named, _engines(data), json, target, force):
+    built = build_all(named, _engines(data), target=target, force=force)
+    if _tell(built, outcome, json):
         raise typer.Exit(USER_ERROR)
 
 
@@ -145,19 +148,14 @@ def prewarm(
     Run with a new version of a backend before its rollout, it has the fleet's engines ready too. What is
     compiled for a driver is compiled by the first runs, so run it with a new driver on each machine.
     """
-    from headrace.cli.engine_builds import wanted, warm_all
-    from headrace.cli.engine_tables import warmth
+    from headrace.cli.engine_builds import build_all, wanted, warm_all
+    from headrace.cli.engine_tables import outcome, warmth
 
     named = wanted(models or _installed(data), _catalogue(data), None)
     engines = _engines(data)
-    failed = _build(named, engines, json)
-    for warmed in warm_all(named, engines, settings_for(data).worker.memory_bytes):
-        failed |= warmed.error is not None
-        if json:
-            print_json(warmed, line=True)
-        else:
-            output.print(warmth(warmed), markup=False, soft_wrap=True)
-    if failed:
+    warmed = warm_all(named, engines, settings_for(data).worker.memory_bytes)
+    failed = _tell(build_all(named, engines), outcome, json)
+    if _tell(warmed, warmth, json) or failed:
         raise typer.Exit(USER_ERROR)
 
 
@@ -326,24 +324,15 @@ def _installed(data: Path | None) -> list[str]:
     return [f"{card.name}/{card.version}" for card in cards]
 
 
-def _build(
-    named: list[Wanted],
-    engines: Engines,
-    json: bool,
-    target: str | None = None,
-    force: bool = False,
-) -> bool:
-    """Whether one cannot be built."""
-    from headrace.cli.engine_builds import build_all
-    from headrace.cli.engine_tables import outcome
-
+def _tell(results: Iterable[R], line: Callable[[R], str], json: bool) -> bool:
+    """Print each as it comes. Whether any of them is an error."""
     failed = False
-    for built in build_all(named, engines, target=target, force=force):
-        failed |= built.error is not None
+    for result in results:
+        failed |= result.error is not None
         if json:
-            print_json(built, line=True)
+            print_json(result, line=True)
         else:
-            output.print(outcome(built), markup=False, soft_wrap=True)
+            output.print(line(result), markup=False, soft_wrap=True)
     return failed
 
 

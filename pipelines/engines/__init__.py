@@ -99,21 +99,24 @@ class Engines:
         config: EngineConfig,
         buckets: Sequence[int],
         *,
+        target: str | None = None,
         label: str = "",
         force: bool = False,
+        rebuild: bool = False,
         may_build: bool = True,
         on_wait: Callable[[], None] | None = None,
         on_step: OnStep = unheard,
     ) -> Obtained:
         """Have a model's engine at hand, compiled first if the cache has none for this model and this machine.
 
-        buckets: batch sizes it will run, ascending. label: names it for people. force: compile again what
-        failed to a moment ago. may_build: False where builds must not run. on_wait: called when somebody
-        else is compiling it. on_step: the steps are the backend's library imported, and the artefact at hand
-        and verified, with its origin (see Trace).
+        buckets: batch sizes it will run, ascending. target: a device other than this machine's, in the
+        backend's words. label: names it for people. force: compile again what failed to a moment ago.
+        rebuild: compile it anew, and replace what is there, here and in the store. may_build: False where
+        builds must not run. on_wait: called when somebody else is compiling it. on_step: the steps are the
+        backend's library imported, and the artefact at hand and verified, with its origin (see Trace).
         Raises InvalidModel, DeviceOutOfMemory, or Transient (see EngineCache.get_or_build).
         """
-        backend = self._backends.get(config.backend)
+        backend = self._backends.get(config.backend, target)
         on_step("backend")
         key_parts, build = self._recipe(backend, model, config, buckets)
         artefact = self.cache.get_or_build(
@@ -121,32 +124,12 @@ class Engines:
             build,
             label=label or model.name,
             force=force,
+            rebuild=rebuild,
             may_build=may_build,
             on_wait=on_wait,
         )
         on_step(f"artefact ({artefact.trace.origin})")
         return Obtained(backend, artefact)
-
-    def build(
-        self,
-        model: Path,
-        config: EngineConfig,
-        buckets: Sequence[int],
-        *,
-        target: str | None = None,
-        label: str = "",
-        rebuild: bool = False,
-        on_wait: Callable[[], None] | None = None,
-    ) -> Artefact:
-        """See that the cache has a model's engine, without loading it. target: a device other than this
-        machine's, in the backend's words. rebuild: compile it anew, and replace what is there, here and
-        in the store. The others, and what is raised: see obtain.
-        The caller releases the artefact."""
-        backend = self._backends.get(config.backend, target)
-        key_parts, build = self._recipe(backend, model, config, buckets)
-        return self.cache.get_or_build(
-            key_parts, build, label=label or model.name, rebuild=rebuild, on_wait=on_wait
-        )
 
     def _recipe(
         self, backend: Backend, model: Path, config: EngineConfig, buckets: Sequence[int]

@@ -46,6 +46,15 @@ def exclusive(
         os.close(fd)
 
 
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock file, which must be there."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return not _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(fd)
+
+
 def _try_lock(path: Path) -> int | None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     if _flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB) and _still_at(path, fd):

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from pipelines.engines.cpu import cpu_fingerprint, is_out_of_memory
 from pipelines.engines.engine import Array, Arrays, DeviceOutOfMemory, Engine, Profile, TensorSpec
 from pipelines.engines.operators import unsupported_operators
 from schemas.errors import InferenceFailed, InvalidModel, PipelineError, Transient
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "weights.bin"
@@ -71,12 +74,12 @@ class OnnxRuntime:
         from pipelines.engines.build_log import compiling  # not at the top: see cache.py
 
         with compiling(into, backend=self.name) as facts:
-            self._save_optimised(model, into)
-            facts["nodes"] = _node_count(model)
-            facts["optimised_nodes"] = _node_count(into / MODEL_FILE)
+            optimised_nodes = self._save_optimised(model, into)
+            facts |= {"nodes": len(_read(model).graph.node), "optimised_nodes": optimised_nodes}
             self.load(into, threads=1).close()
 
-    def _save_optimised(self, model: Path, into: Path) -> None:
+    def _save_optimised(self, model: Path, into: Path) -> int:
+        """Returns how many nodes it has: for people, so without those inside of branches and loops."""
         options = session_options(threads=1)
         options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.optimized_model_filepath = str(into / MODEL_FILE)
@@ -86,7 +89,10 @@ class OnnxRuntime:
         }.items():
             options.add_session_config_entry(key, value)
         session = open_session(model, options, [CPU])
-        _drop_dangling_inputs(into / MODEL_FILE, {spec.name for spec in session.get_inputs()})
+        saved = _read(into / MODEL_FILE)
+        if _drop_dangling_inputs(saved, {spec.name for spec in session.get_inputs()}):
+            (into / MODEL_FILE).write_bytes(saved.SerializeToString())
+        return len(saved.graph.node)
 
     def load(self, artefact: Path, *, threads: int) -> Engine:
         options = session_options(threads)
@@ -163,27 +169,25 @@ def open_session(model: Path, options: Any, providers: Sequence[object]) -> Any:
         raise _translated(error, model) from error
 
 
-def _node_count(model: Path) -> int:
-    """Of an ONNX file that is one, for people: without those inside of branches and loops."""
+def _read(model: Path) -> ModelProto:
+    """An ONNX file that is one, without what lies in others."""
     import onnx
 
-    return len(onnx.load(model, load_external_data=False).graph.node)
+    return onnx.load(model, load_external_data=False)
 
 
-def _drop_dangling_inputs(model: Path, names: set[str]) -> None:
-    """Take from the saved graph the inputs that are none.
+def _drop_dangling_inputs(saved: ModelProto, names: set[str]) -> bool:
+    """Take from the saved graph the inputs that are none. Whether there were any.
 
     Older models list each weight among the inputs. The optimiser folds weights away but leaves them
     listed, and the saved graph would then ask for them.
     """
-    import onnx
-
-    saved = onnx.load(model, load_external_data=False)
     inputs = [value for value in saved.graph.input if value.name in names]
-    if len(inputs) < len(saved.graph.input):
-        del saved.graph.input[:]
-        saved.graph.input.extend(inputs)
-        model.write_bytes(saved.SerializeToString())
+    if len(inputs) == len(saved.graph.input):
+        return False
+    del saved.graph.input[:]
+    saved.graph.input.extend(inputs)
+    return True
 
 
 def _spec(arg: Any) -> TensorSpec:

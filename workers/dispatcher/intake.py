@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 
 import msgspec
@@ -116,9 +116,9 @@ class Intake:
             else:
                 self._queue(job, now)
 
-    def release(self, most: Mapping[str, int], now: float) -> None:
-        """Let go on so many jobs of each model, `name/version`, that wait for what it lacked."""
-        left = dict(most)
+    def release(self, now: float) -> None:
+        """Let go on jobs that waited for what their model lacked, and need not any longer."""
+        left = self._waiting.release(now)
         for job in list(self._delayed.values()) if left else ():
             if job.job.waits_for and left.get(job.model):
                 left[job.model] -= 1

@@ -25,7 +25,6 @@ from workers.dispatcher.outcomes import Outcomes
 from workers.dispatcher.residents import Residents
 from workers.dispatcher.settle import Settlement
 from workers.dispatcher.view_writer import ViewWriter
-from workers.dispatcher.waiting import Waiting
 
 IDLE_S = 0.05
 """How long a record of a producer that rings no bell may lie unseen."""
@@ -58,7 +57,6 @@ class Dispatcher:
         leases: Leases,
         settlement: Settlement,
         outcomes: Outcomes,
-        waiting: Waiting,
         residents: Residents,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -73,7 +71,6 @@ class Dispatcher:
         self.leases = leases
         self.settlement = settlement
         self.outcomes = outcomes
-        self.waiting = waiting
         self.residents = residents
         self.wall = wall
         self.monotonic = monotonic
@@ -215,7 +212,7 @@ class Dispatcher:
         if self.monotonic() < self._tidy_at:
             return
         self._tidy_at = self.monotonic() + TIDY_EVERY_S
-        self.intake.release(self.waiting.release(now), now)
+        self.intake.release(now)
         self.intake.expire(now)
         self.view_writer.catch_up(now)
         if self.view_writer.losses != self._losses:

@@ -138,7 +138,6 @@ class Process(PatientProcess):
             leases=self.leases,
             settlement=self.settlement,
             outcomes=self.outcomes,
-            waiting=waiting,
             residents=Residents(self.fleet),
         )
         self.started_at = time.time()

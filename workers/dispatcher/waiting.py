@@ -9,7 +9,6 @@ go to and fro between the log and the worker that lacks it.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 WAIT_MIN_S = 2.0
@@ -61,7 +60,7 @@ class Waiting:
         if state := self._models.get(model):
             state.answered = True
 
-    def release(self, now: float) -> Mapping[str, int]:
+    def release(self, now: float) -> dict[str, int]:
         """How many jobs of each model need wait no longer. Call it now and then."""
         released: dict[str, int] = {}
         for model, state in list(self._models.items()):
@@ -70,10 +69,8 @@ class Waiting:
             elif state.answered:
                 released[model] = state.release
                 state.release = min(2 * state.release, RELEASE_MOST)
-            if state.answered:
-                state.turn_at = (
-                    now  # somebody has it: who comes next need not queue behind the crowd
-                )
+            if state.answered:  # somebody has it: who comes next need not queue behind the crowd
+                state.turn_at = now
             if not state.missed and now - state.missed_at > FORGET_S:
                 del self._models[model]
             state.missed = state.answered = False

@@ -6,11 +6,12 @@ is of a load that took its process down, and would take down the next one too.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from pipelines.engines.locks import exclusive, is_held
+from schemas.errors import Transient
 
 
 class LoadMarks:
@@ -23,32 +24,14 @@ class LoadMarks:
         left = set()
         with suppress(OSError):
             for path in self._folder.iterdir():
-                if (fd := _locked(path, os.O_RDWR)) is not None:
-                    os.close(fd)
+                if not is_held(path):
                     left.add(path.name.replace("@", "/"))
         return left
 
     @contextmanager
     def loading(self, model: str) -> Iterator[None]:
-        path = self._folder / model.replace("/", "@")
-        fd = None
-        with suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            fd = _locked(path, os.O_RDWR | os.O_CREAT)
-        try:
+        with ExitStack() as mark:
+            with suppress(OSError, Transient):  # Transient: another worker loads it too
+                self._folder.mkdir(parents=True, exist_ok=True)
+                mark.enter_context(exclusive(self._folder / model.replace("/", "@"), wait_s=0))
             yield
-        finally:
-            if fd is not None:
-                path.unlink(missing_ok=True)
-                os.close(fd)
-
-
-def _locked(path: Path, flags: int) -> int | None:
-    """None if another load has it."""
-    fd = os.open(path, flags, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd

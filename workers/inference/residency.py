@@ -205,12 +205,13 @@ class Residency:
         if not displace:
             raise _no_room(key, "the budget is used up")
         if short_bytes > sum(other.memory_bytes for other in self._displaceable(place)):
-            self._claim(key, place, wanted.memory_bytes)
-            raise _no_room(key, "those that are loaded are premium, or came a moment ago")
-        if self._is_claimed(key, place):
-            self._claim(key, place, wanted.memory_bytes)
-            raise _no_room(key, "another model waits for longer")
-        return short_bytes
+            why = "those that are loaded are premium, or came a moment ago"
+        elif self._is_claimed(key, place):
+            why = "another model waits for longer"
+        else:
+            return short_bytes
+        self._claim(key, place, wanted.memory_bytes)
+        raise _no_room(key, why)
 
     def _claim(self, key: Key, place: _Place, memory_bytes: int) -> None:
         """Note that it was refused, if there can be room for it one day."""
@@ -259,27 +260,25 @@ class Residency:
             return newcomer.premium
         return place.stays_until <= self._monotonic()
 
-    def _displace(self, newcomer: _Place, short_bytes: int) -> bool:
-        """Have so many bytes leave, or all that may. Whether any do."""
-        leave = False
+    def _displace(self, newcomer: _Place, short_bytes: int) -> None:
+        """Have so many bytes leave, or all that may."""
         for place in self._displaceable(newcomer):
             if short_bytes <= 0:
                 break
-            leave = place.leaving = True
+            place.leaving = True
             short_bytes -= place.memory_bytes
-        return leave
 
-    def _close_idle(self) -> bool:
-        """Close what leaves and is not in use. Whether any is still in use."""
+    def _close_idle(self) -> None:
+        """Close what leaves and is not in use."""
         with self._lock:
-            leaving = {key: place for key, place in self._places.items() if place.leaving}
-            idle = {key: place for key, place in leaving.items() if not place.users}
+            idle = {
+                k: place for k, place in self._places.items() if place.leaving and not place.users
+            }
             for key in idle:
                 del self._places[key]
         for key, place in idle.items():
             logger.info("model_dropped", model=_name(key))
             _close(place)
-        return len(idle) < len(leaving)
 
 
 def _close(place: _Place) -> None:

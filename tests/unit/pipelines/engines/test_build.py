@@ -27,7 +27,7 @@ def test_what_was_built_ahead_is_loaded_where_builds_must_not_run(
     with pytest.raises(Transient, match="tiny/1 main") as refused:
         Engines(cache).obtain(model, CONFIG, (1, 8), may_build=False, label="tiny/1 main").load()
     assert refused.value.code == "engine_not_built"
-    Engines(cache).build(model, CONFIG, (1, 8)).release()
+    Engines(cache).obtain(model, CONFIG, (1, 8)).release()
     Engines(cache).obtain(model, CONFIG, (1, 8), may_build=False).load().close()
 
 
@@ -36,7 +36,7 @@ def test_an_engine_that_is_there_is_compiled_anew_where_that_is_asked_for(
 ) -> None:
     origins = []
     for rebuild in (False, True, False):
-        artefact = Engines(cache).build(classifier(), CONFIG, (1,), rebuild=rebuild)
+        artefact = Engines(cache).obtain(classifier(), CONFIG, (1,), rebuild=rebuild).artefact
         origins.append(artefact.trace.origin)
         artefact.release()
     assert origins == ["built", "built", "local"]
@@ -45,7 +45,7 @@ def test_an_engine_that_is_there_is_compiled_anew_where_that_is_asked_for(
 def test_an_engine_says_which_model_it_was_built_for(
     classifier: MakeModel, cache: EngineCache
 ) -> None:
-    artefact = Engines(cache).build(classifier(), CONFIG, (1,), label="tiny/1 main")
+    artefact = Engines(cache).obtain(classifier(), CONFIG, (1,), label="tiny/1 main").artefact
     entry = artefact.path.parent
     assert check(entry, entry.name, cache.keyring).label == "tiny/1 main"
 
@@ -74,7 +74,7 @@ def test_an_engine_for_another_device_is_another_engine(
     model = classifier()
     monkeypatch.setattr(Backends, "_make", lambda self, name: ForAnyDevice())
     artefacts = [
-        Engines(cache).build(model, CONFIG, (1,), target=target)
+        Engines(cache).obtain(model, CONFIG, (1,), target=target).artefact
         for target in (None, "sm89", "sm120", "sm89")
     ]
     written = [(artefact.path / "engine.bin").read_text() for artefact in artefacts]
@@ -88,11 +88,11 @@ def test_a_new_version_of_a_backend_is_built_for_beside_the_one_in_use(
     """So a rollout finds its engines ready, and a rollback its own."""
     model = classifier()
     monkeypatch.setattr(Backends, "_make", lambda self, name: ForAnyDevice())
-    old = Engines(cache).build(model, CONFIG, (1,))
+    old = Engines(cache).obtain(model, CONFIG, (1,)).artefact
     monkeypatch.setattr(ForAnyDevice, "version", "2")
-    new = Engines(cache).build(model, CONFIG, (1,))
+    new = Engines(cache).obtain(model, CONFIG, (1,)).artefact
     monkeypatch.setattr(ForAnyDevice, "version", "1")
-    again = Engines(cache).build(model, CONFIG, (1,))
+    again = Engines(cache).obtain(model, CONFIG, (1,)).artefact
     assert [one.trace.origin for one in (old, new, again)] == ["built", "built", "local"]
     assert old.path == again.path != new.path
 
@@ -101,7 +101,7 @@ def test_a_backend_that_knows_this_machine_alone_refuses_others(
     classifier: MakeModel, cache: EngineCache
 ) -> None:
     with pytest.raises(InvalidModel, match="onnxruntime compiles for the machine") as refused:
-        Engines(cache).build(classifier(), CONFIG, (1,), target="sm89")
+        Engines(cache).obtain(classifier(), CONFIG, (1,), target="sm89")
     assert refused.value.code == "engine_target_unsupported"
 
 

@@ -56,7 +56,7 @@ def test_an_engine_that_is_compiled_anew_while_it_is_loaded_is_to_be_loaded_agai
     """Files of both may have been read."""
     engines, model = Engines(cache), classifier()
     obtained = engines.obtain(model, CONFIG, (1, 8))
-    engines.build(model, CONFIG, (1, 8), rebuild=True).release()
+    engines.obtain(model, CONFIG, (1, 8), rebuild=True).release()
 
     with pytest.raises(Transient) as replaced:
         obtained.load()

@@ -163,7 +163,7 @@ def test_the_builders_log_says_what_became_of_the_graph(
     classifier: MakeModel, cache: EngineCache
 ) -> None:
     """At whatever level the process logs."""
-    artefact = Engines(cache).build(classifier(), EngineConfig("model.onnx"), (1,))
+    artefact = Engines(cache).obtain(classifier(), EngineConfig("model.onnx"), (1,)).artefact
     entry = artefact.path.parent
     [line] = check(entry, entry.name, cache.keyring).build.log.splitlines()
     written = sum(path.stat().st_size for path in artefact.path.iterdir())

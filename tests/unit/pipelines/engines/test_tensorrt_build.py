@@ -225,7 +225,7 @@ def test_gpus_of_the_settings_are_those_of_the_command_line(
     config = EngineConfig("model.onnx", "tensorrt-rtx")
     keys = []
     for target in (None, "sm80,sm89", "sm89"):
-        artefact = engines.build(classifier(), config, (1,), target=target)
+        artefact = engines.obtain(classifier(), config, (1,), target=target).artefact
         artefact.release()
         keys.append(artefact.trace.key)
     assert keys[0] == keys[1] != keys[2]

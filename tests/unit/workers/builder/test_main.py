@@ -16,6 +16,7 @@ from pipelines.build import Cached, Wanted
 from pipelines.bundle import Bundle
 from pipelines.engines import Engines, open_engines
 from pipelines.engines.reach import StoreUnavailable
+from pipelines.engines.store import EngineStore
 from pipelines.load import load_model
 from schemas.errors import Transient
 from schemas.models import ModelCard
@@ -131,15 +132,27 @@ def test_sigterm_is_obeyed_between_builds(
     assert not process.health.ready
 
 
-def test_what_could_not_be_shared_when_it_was_built_is_shared_later(
-    install: Callable[..., ModelCard], tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or the workers of other machines would wait for it until somebody starts the builder anew."""
+@pytest.fixture
+def sharing(
+    tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Process, EngineStore]:
+    """A builder with keys, on the clock of the test, and the store that it shares engines through."""
     keys = {"cache_dir": tmp_path / "engines", "keys": {"one": "k" * 32}}
     process = Process(load_settings(data_dir=tmp_path, engines=keys))
     monkeypatch.setattr(process.builder, "_monotonic", clock.monotonic)
     store = process.engines._engines.cache.store
     assert store is not None
+    return process, store
+
+
+def test_what_could_not_be_shared_when_it_was_built_is_shared_later(
+    sharing: tuple[Process, EngineStore],
+    install: Callable[..., ModelCard],
+    clock: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or the workers of other machines would wait for it until somebody starts the builder anew."""
+    process, store = sharing
     publish = store.publish
 
     def away(*_: Any, **__: Any) -> bool:
@@ -158,16 +171,12 @@ def test_what_could_not_be_shared_when_it_was_built_is_shared_later(
 
 
 def test_what_the_store_has_lost_is_shared_again(
-    install: Callable[..., ModelCard], tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+    sharing: tuple[Process, EngineStore], install: Callable[..., ModelCard], clock: Any
 ) -> None:
     """Pruned too early, or found damaged by a worker."""
-    keys = {"cache_dir": tmp_path / "engines", "keys": {"one": "k" * 32}}
-    process = Process(load_settings(data_dir=tmp_path, engines=keys))
-    monkeypatch.setattr(process.builder, "_monotonic", clock.monotonic)
+    process, store = sharing
     install("tiny")
     process._step()
-    store = process.engines._engines.cache.store
-    assert store is not None
     (entry,) = store.entries()
     store.remove(entry.key)
 

@@ -95,6 +95,7 @@ class World:
     outcomes: Outcomes
     view_writer: ViewWriter
     settlement: Settlement
+    waiting: Waiting
     intake: Intake
     dispatcher: Dispatcher
 
@@ -221,14 +222,13 @@ def make_world(
             leases=leases,
             settlement=settlement,
             outcomes=outcomes,
-            waiting=waiting,
             residents=Residents(fleet, clock.monotonic),
             wall=clock.wall,
             monotonic=clock.monotonic,
         )
         return World(
             clock, log, fleet, mailboxes, view, models, consumer, memory, batcher, leases,
-            outcomes, view_writer, settlement, intake, dispatcher,
+            outcomes, view_writer, settlement, waiting, intake, dispatcher,
         )  # fmt: skip
 
     return make

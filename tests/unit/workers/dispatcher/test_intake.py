@@ -261,7 +261,8 @@ def test_what_waits_for_what_a_model_needs_goes_on_when_that_model_answers(
     retry(world, make_job(id="failed", attempt=1, **later))
     take(world)
 
-    world.intake.release({"echo/1": 10}, noon)
+    world.waiting.answered("echo/1")
+    world.intake.release(noon)
 
     assert waiting(world) == {"built"}
     take(world, 30)

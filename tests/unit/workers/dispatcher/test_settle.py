@@ -166,11 +166,11 @@ def test_a_model_that_answers_again_has_its_jobs_released(
     """If only that a job is invalid: what others wait for is there."""
     run(make_job(id="a"))
     settle(world, NOT_BUILT)
-    assert world.dispatcher.waiting.release(0) == {}
+    assert world.waiting.release(0) == {}
     run(make_job(id="b"))
     settle(world, item)
 
-    assert world.dispatcher.waiting.release(0) == {"echo/1": RELEASE_FIRST}
+    assert world.waiting.release(0) == {"echo/1": RELEASE_FIRST}
 
 
 def test_jobs_whose_run_took_the_device_down_go_alone_from_then_on(
